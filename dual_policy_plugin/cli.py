@@ -1,0 +1,269 @@
+"""The `dual-policy` command: which subcommand runs, and how its errors reach the user.
+
+    dual-policy train [key=value ...]      a Hydra app over `configs/`; `-m` sweeps
+    dual-policy import OLD.pt NEW.safetensors
+    dual-policy demo
+
+A mistake of the user ends with one line on stderr and exit code 2; a defect of ours keeps its traceback. Heavy modules
+are imported inside the functions, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+from dual_policy_plugin import __version__
+from dual_policy_plugin.errors import ConfigError, DualPolicyError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from dual_policy_plugin.config import Config
+
+_ONE_LINE = "DUAL_POLICY_ONE_LINE"  # set where HYDRA_FULL_ERROR=1 is our wish and not the user's
+
+_shown: list[BaseException] = []  # errors of jobs whose line is already on stderr
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `dual-policy` with `argv` (the words behind the program's name) and returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        return _dispatch(words)
+    except DualPolicyError as error:
+        if error not in _shown:
+            show_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def show_error(error: DualPolicyError, job: str = "") -> None:
+    """Prints the one line of a user's error to stderr; with HYDRA_FULL_ERROR=1 or LOG_LEVEL=DEBUG its traceback too."""
+    is_full = os.environ.get("HYDRA_FULL_ERROR") == "1" and _ONE_LINE not in os.environ
+    if is_full or os.environ.get("LOG_LEVEL", "").upper() == "DEBUG":
+        traceback.print_exception(error)
+    print(f"error: {job}{error}", file=sys.stderr, flush=True)
+
+
+def configure_logging() -> None:
+    """Sends log lines to stderr from the level that LOG_LEVEL names (INFO).
+
+    Raises:
+        ConfigError: LOG_LEVEL names no level.
+    """
+    name = os.environ.get("LOG_LEVEL") or "INFO"
+    levels = logging.getLevelNamesMapping()
+    if name.upper() not in levels:
+        raise ConfigError(f"LOG_LEVEL={name} is no log level; use DEBUG, INFO, WARNING or ERROR")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger().setLevel(levels[name.upper()])
+
+
+def run_train(words: list[str]) -> int:
+    """`dual-policy train`: composes the config and trains, once or, with -m, for every job of a sweep."""
+    import hydra
+    from hydra._internal.utils import get_args_parser
+
+    from dual_policy_plugin.composition import CONFIG_DIR, PRIMARY_CONFIG, mend
+
+    if "--info" not in words:  # Hydra prints it through a logger of its own
+        configure_logging()
+    flags, overrides = _split_flags(words, get_args_parser())
+    _shown.clear()
+    app = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=PRIMARY_CONFIG)(_train_job)
+    try:
+        with _as_hydra_program([*flags, *overrides]):
+            app()
+    except DualPolicyError:
+        raise
+    except SystemExit as leaving:  # --help, --cfg and the like
+        return leaving.code if isinstance(leaving.code, int) else 0
+    except Exception as error:
+        line = None if error in _shown else mend(error, overrides)
+        if line is None:
+            raise
+        raise line from error
+    return 0
+
+
+def run_import(words: list[str]) -> int:
+    """`dual-policy import`: turns a .pt file with a state dict into a policy file of ours."""
+    parser = argparse.ArgumentParser(
+        prog="dual-policy import",
+        description="Turns a .pt file that holds a state dict into a policy file (.safetensors).",
+        epilog="Overrides describe env and net as in `dual-policy train`, for example env.num_agents=8 agent=mlp.",
+    )
+    parser.add_argument("old", type=Path, metavar="OLD.pt")
+    parser.add_argument("new", type=Path, metavar="NEW.safetensors")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
+    parser.add_argument("--agent", default="fast", help="architecture of the state dict (fast)")
+    parser.add_argument("--env", default="arena", help="env whose observations and actions it was made for (arena)")
+    args = _parse(parser, words)
+
+    import torch
+
+    from dual_policy_plugin.composition import compose_config
+    from dual_policy_plugin.envs.build import make_env
+    from dual_policy_plugin.policies.loading import import_policy
+
+    config, _ = compose_config([f"env={args.env}", f"agent={args.agent}", "env.num_envs=1", *args.overrides])
+    env = make_env(config.env, device=torch.device("cpu"), num_workers=1)
+    try:
+        space, actions = env.spec.observation_space, env.spec.actions
+    finally:
+        env.close()
+    import_policy(
+        args.old, args.new, agent=config.agent.name, args=config.agent.args, observation_space=space, actions=actions
+    )
+    print(f"{args.new}: imported from {args.old} as agent {config.agent.name} for env {config.env.name}")
+    return 0
+
+
+def run_demo(words: list[str]) -> int:
+    """`dual-policy demo`: trains against a built-in NPC for a minute and measures the win rate."""
+    parser = argparse.ArgumentParser(prog="dual-policy demo", description="Trains against builtin://arena/medium.")
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--train-dir", type=Path, default=Path("train_dir"), help="where runs stand (train_dir)")
+    args = _parse(parser, words)
+    configure_logging()
+
+    from dual_policy_plugin.demo import demo
+
+    return demo(args.seed, args.train_dir)
+
+
+_COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "train": (run_train, "train a policy against a frozen one; takes Hydra overrides"),
+    "import": (run_import, "turn a .pt state dict into a policy file"),
+    "demo": (run_demo, "train against a built-in NPC for a minute and report the win rate"),
+}
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print("usage: dual-policy COMMAND [...]\n\ncommands:")
+        for name, (_, summary) in _COMMANDS.items():
+            print(f"  {name:8} {summary}")
+        print("\n`dual-policy COMMAND --help` says more. `dual-policy --version` prints the version.")
+        return 0
+    if words[0] == "--version":
+        print(f"dual-policy {__version__}")
+        return 0
+    if words[0] not in _COMMANDS:
+        near = difflib.get_close_matches(words[0], _COMMANDS, n=1)
+        if not near and "=" in words[0]:
+            near = ["train"]
+        hint = f"did you mean `dual-policy {near[0]}`? " if near else ""
+        raise ConfigError(f"{words[0]} is not a command; {hint}there are {', '.join(_COMMANDS)}")
+    return _COMMANDS[words[0]][0](words[1:])
+
+
+def _train_job(cfg: DictConfig) -> float:
+    """One job: checks the config, trains, and gives the objective to whatever sweeps."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    hydra = HydraConfig.get()
+    is_sweep = hydra.mode == RunMode.MULTIRUN
+    job = f"job {hydra.job.num} ({hydra.job.override_dirname}): " if is_sweep else ""
+    try:
+        configure_logging()  # a launcher may have started us in a process of its own
+        config = _load_job_config(cfg, hydra.job.num if is_sweep else None)
+        from dual_policy_plugin.train import train
+
+        return float(train(config, resolved_yaml=OmegaConf.to_yaml(cfg, resolve=True))["objective"])
+    except DualPolicyError as error:
+        show_error(error, job)
+        _shown.append(error)
+        with contextlib.suppress(OSError):
+            Path(hydra.runtime.output_dir).rmdir()  # Hydra made it; it stays where anything stands in it
+        raise
+    except Exception as error:
+        _shown.append(error)  # ours to mend, not the user's: run_train lets it pass
+        raise
+
+
+def _load_job_config(cfg: DictConfig, job_num: int | None) -> Config:
+    import dataclasses
+
+    from dual_policy_plugin.composition import refuse_masked_choices
+    from dual_policy_plugin.config_loading import load_config
+
+    refuse_masked_choices()
+    config = load_config(cfg)
+    return config if job_num is None else dataclasses.replace(config, run=f"{config.run}/{job_num}")
+
+
+def _split_flags(words: list[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
+    """Hydra's flags and the overrides, apart: so a flag may stand anywhere (`run=x -m seed=1,2`)."""
+    if "--version" in words:
+        return ["--version"], []
+    hint = "overrides are written without dashes, for example trainer.horizon=32"
+    args = _parse(parser, words, hint, is_mixed=True)
+    if args.experimental_rerun is not None:
+        raise ConfigError("--experimental-rerun would unpickle a file; run the command again with its overrides")
+    flags = list(words)
+    for override in args.overrides:
+        flags.remove(override)
+    # Hydra reads run=2025_11_21 as the number 20251121; a run's name stays as it was typed.
+    numeric = re.compile(r"(\+{0,2}run)=([+-]?\d[\d_.eE+-]*)")
+    return flags, [numeric.sub(r"\1='\2'", word) if numeric.fullmatch(word) else word for word in args.overrides]
+
+
+def _parse(
+    parser: argparse.ArgumentParser, words: list[str], hint: str = "", *, is_mixed: bool = False
+) -> argparse.Namespace:
+    """The parsed words, with a ConfigError in place of argparse's usage text and exit; flags anywhere if `is_mixed`."""
+
+    def fail(message: str) -> NoReturn:
+        raise ConfigError(f"{message}; {hint or f'see `{parser.prog} --help`'}")
+
+    parser.error = fail  # type: ignore[method-assign]
+    return parser.parse_intermixed_args(words) if is_mixed else parser.parse_args(words)
+
+
+@contextlib.contextmanager
+def _as_hydra_program(words: list[str]) -> Iterator[None]:
+    """Lets hydra.main read `words`, hand its exceptions to us, and say nothing of its own about them."""
+    old_argv, old_environ, old_stderr = sys.argv, dict(os.environ), sys.stderr
+    sys.argv = ["dual-policy train", *words]
+    if os.environ.get("HYDRA_FULL_ERROR") != "1":
+        os.environ |= {"HYDRA_FULL_ERROR": "1", _ONE_LINE: "1"}
+    sys.stderr = _WithoutJobLine(old_stderr)
+    try:
+        yield
+    finally:
+        sys.argv, sys.stderr = old_argv, old_stderr
+        for name in ("HYDRA_FULL_ERROR", _ONE_LINE):
+            if name in old_environ:
+                os.environ[name] = old_environ[name]
+            else:
+                os.environ.pop(name, None)
+
+
+class _WithoutJobLine:
+    """stderr without Hydra's line about a failed job: ours stands there already, with the job and the mend."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        if text.startswith("Error executing job with overrides:"):
+            return len(text)
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

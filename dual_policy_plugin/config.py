@@ -1,0 +1,193 @@
+"""The config of a run as frozen dataclasses: each field with its meaning and unit, each range checked where it stands.
+
+`load_config` (in `config_loading.py`) turns a composed Hydra config into a `Config`, once; below it there is no
+DictConfig. Fields that are null in the `dual_policy` node have their defaults filled in there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dual_policy_plugin.errors import ConfigError
+
+
+def check(condition: bool, key: str, value: object, right: str) -> None:
+    """Raises a ConfigError that names key, value and what would be right, unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{key}={value} is not possible; {right}")
+
+
+def check_range(key: str, value: float, low: float, high: float) -> None:
+    """Raises a ConfigError unless low <= value <= high and value is a finite number."""
+    check(math.isfinite(value) and low <= value <= high, key, value, f"use a value from {low:g} to {high:g}")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class PolicySource:
+    """Where a policy comes from: `trainer.dual_policy.checkpoint_npc` and `trainer.initial_policy` share this."""
+
+    uri: str
+    """file path, file://..., builtin://arena/medium, ... as the user wrote it."""
+    agent: str | None = None
+    """Architecture of a bare state dict (.pt); None: the learner's."""
+    act: str = "sample"
+    """sample | greedy: how a frozen policy picks its action. Not used by trainer.initial_policy."""
+    keep_optimizer: bool = False
+    """trainer.initial_policy only: take the optimizer's moments along, where the checkpoint's run still has them."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class DualPolicyConfig:
+    """Who plays against the learner, and on which seats."""
+
+    enabled: bool = False
+    training_agents_pct: float = 0.5
+    """Fraction of each env's agents that act with the learner, in (0, 1]."""
+    assignment: str | list[int] = "first"
+    """first | last | interleaved | explicit list of the learner's seats."""
+    npc: PolicySource | None = None
+    """The frozen policy; None only where no NPC is needed (enabled=false or training_agents_pct=1)."""
+
+    def __post_init__(self) -> None:
+        key, pct = "trainer.dual_policy.training_agents_pct", self.training_agents_pct
+        check(pct != 0, key, pct, "nothing would learn; use a fraction above 0, for example 0.5")
+        check(math.isfinite(pct) and 0 < pct <= 1, key, pct, "use a fraction above 0 and up to 1, for example 0.5")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class TrainerConfig:
+    """PPO's hyperparameters (the field's names) and the run's length, pace and safety."""
+
+    total_timesteps: int = 2_000_000
+    """Learner steps to train for (D11)."""
+    horizon: int = 32
+    """Steps per segment."""
+    epochs: int = 1
+    """Passes over a rollout."""
+    num_minibatches: int = 8
+    """Minibatches per pass; a minibatch is a range of whole segments."""
+    learning_rate: float = 3e-3
+    anneal_lr: bool = True
+    """Learning rate falls linearly to 0 over total_timesteps."""
+    gamma: float = 0.99
+    gae_lambda: float = 0.95
+    clip_coef: float = 0.2
+    clip_vloss: bool = True
+    vf_clip_coef: float = 0.2
+    vf_coef: float = 0.5
+    ent_coef: float = 0.005
+    max_grad_norm: float = 0.5
+    norm_adv: bool = True
+    target_kl: float | None = None
+    """Skip the rest of an iteration's updates once approx_kl exceeds this; None: never."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-5
+    num_workers: int = 2
+    """Worker processes of a foreign env; not used by the arena."""
+    threads: int | None = None
+    """CPU threads of torch; None: all cores."""
+    precision: str = "auto"
+    """auto | fp32 | bf16: of matrix products; auto takes bf16 where the hardware multiplies it."""
+    checkpoint_interval: int = 50
+    """Iterations between checkpoints."""
+    keep_checkpoints: int = 5
+    """How many of the newest checkpoints stay."""
+    evaluate_interval: int | None = None
+    """Iterations between evaluations; None: at the end only."""
+    best_metric: str = "dual_policy/win_rate"
+    """Which metric makes a checkpoint `best` (larger is better)."""
+    initial_policy: PolicySource | None = None
+    """Start the learner from this checkpoint; not a resume."""
+    dual_policy: DualPolicyConfig = field(default_factory=DualPolicyConfig)
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("total_timesteps", 1, 10**15), ("horizon", 1, 4096), ("epochs", 1, 1000), ("num_minibatches", 1, 65536),
+            ("learning_rate", 0, 10), ("gamma", 0, 1), ("gae_lambda", 0, 1), ("clip_coef", 0, 10), ("vf_coef", 0, 100),
+            ("vf_clip_coef", 0, 1e9), ("ent_coef", 0, 100), ("max_grad_norm", 1e-9, 1e9), ("adam_beta1", 0, 0.999999),
+            ("adam_beta2", 0, 0.99999999), ("adam_eps", 1e-12, 1), ("num_workers", 1, 1024),
+            ("checkpoint_interval", 1, 10**9), ("keep_checkpoints", 1, 10**6),
+        ):  # fmt: skip
+            check_range(f"trainer.{name}", getattr(self, name), low, high)
+        for name in ("target_kl", "threads", "evaluate_interval"):
+            value = getattr(self, name)
+            check(value is None or value > 0, f"trainer.{name}", value, "use a value above 0, or null")
+        check(self.precision in ("auto", "fp32", "bf16"), "trainer.precision", self.precision, "use auto, fp32 or bf16")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class AgentConfig:
+    """The learner's net."""
+
+    name: str = "fast"
+    """fast | mlp | the name of an installed entry point of the group dual_policy.policies."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the architecture, for example hidden_size."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class EnvConfig:
+    """The env, by name; `args` are checked by the env itself."""
+
+    name: str = "arena"
+    """arena | mettagrid | pettingzoo | the name of an installed entry point of the group dual_policy.envs."""
+    num_envs: int = 128
+    args: dict[str, Any] = field(default_factory=dict)
+    """The env's own settings (the arena's are ArenaConfig)."""
+
+    def __post_init__(self) -> None:
+        check_range("env.num_envs", self.num_envs, 1, 65536)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class EvalsConfig:
+    """Match-ups that are played at the end of a run and every trainer.evaluate_interval iterations."""
+
+    opponents: list[str] = field(default_factory=list)
+    """URIs; empty: the run's own NPC."""
+    episodes: int = 1024
+    """Episodes per opponent, half of them with the seats swapped; 0: no evaluation."""
+
+    def __post_init__(self) -> None:
+        check_range("evals.episodes", self.episodes, 0, 10**7)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class WandbConfig:
+    """Weights & Biases."""
+
+    mode: str = "off"
+    """off | offline | online."""
+    project: str | None = None
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check(self.mode in ("off", "offline", "online"), "wandb.mode", self.mode, "use off, offline or online")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Config:
+    """One run."""
+
+    run: str = "default"
+    """Name of the run: its directory under train_dir."""
+    seed: int = 1
+    device: str = "auto"
+    """auto | cpu | cuda | cuda:N. auto takes CUDA where there is one."""
+    train_dir: Path = Path("train_dir")
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    evals: EvalsConfig = field(default_factory=EvalsConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    hourly_cost: float | None = None
+    """Dollars per hour of this machine (METTA_HOURLY_COST); None: no cost metrics."""
+
+    def __post_init__(self) -> None:
+        check_range("seed", self.seed, 0, 2**31 - 1)

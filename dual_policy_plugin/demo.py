@@ -1,0 +1,37 @@
+"""`make demo`: a policy learns to beat a frozen one while you watch. Trains, plays before and after, says who wins."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+from pathlib import Path
+
+from dual_policy_plugin.composition import compose_config
+from dual_policy_plugin.evaluate import evaluate_checkpoint
+from dual_policy_plugin.train import choose_device, train
+
+OPPONENT = "builtin://arena/medium"
+
+
+def demo(seed: int | None, train_dir: Path) -> int:
+    """Runs the demo and prints its one line; gives 0.
+
+    Args:
+        seed: of the run; None: 1.
+        train_dir: the run's directory is made under `train_dir`/demo, named by the time of day.
+    """
+    run = f"demo/{datetime.now():%Y%m%d-%H%M%S}"
+    words = ["+user=demo", f"run={run}", f"seed={1 if seed is None else seed}", f"train_dir='{train_dir}'"]
+    config, resolved_yaml = compose_config(words)
+    started = time.perf_counter()
+    result = train(config, resolved_yaml=resolved_yaml)
+    took = time.perf_counter() - started
+    fresh = train_dir / run / "checkpoints" / "model_0000.safetensors"
+    before = evaluate_checkpoint(str(fresh), config, device=choose_device(config.device))[0]
+    after = result["evals"][0]
+    print(
+        f"demo: win rate vs {OPPONENT} {before.win_rate:.2f} -> {after['win_rate']:.2f} "
+        f"[{after['low']:.2f}, {after['high']:.2f}] over {after['episodes']} episodes, "
+        f"{result['agent_step'] / 1e6:.1f}M learner steps in {took:.0f} s; report {train_dir / run}/result.json"
+    )
+    return 0

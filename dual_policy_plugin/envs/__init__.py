@@ -1,0 +1,1 @@
+"""Vectorised envs behind one protocol: the torch-native arena, and foreign envs in worker processes."""

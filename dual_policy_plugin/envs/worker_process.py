@@ -1,0 +1,166 @@
+"""The program of one env worker: makes its slice of the envs, then steps them whenever it is told to.
+
+`workers.py` starts it and talks to it over a socket pair: JSON messages while setting up, then one byte per command.
+The worker waits in a blocking read, so it costs no core while idle, and leaves when its parent does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import struct
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from dual_policy_plugin.envs.host import EpisodeRunner, Host, HostSpec, as_host, first_cut
+from dual_policy_plugin.envs.shared_rows import map_arrays, rows_of
+from dual_policy_plugin.errors import DualPolicyError, EnvError
+from dual_policy_plugin.types import ObservationSpace
+
+STEP, RESET, QUIT = b"s", b"r", b"q"  # commands
+DONE, FAILED = b"k", b"e"  # answers
+PARENT_CHECK_S = 1.0
+
+
+class Disconnected(Exception):  # noqa: N818 - it is the normal end of a worker, not an error
+    """The process at the other end of the socket is gone."""
+
+
+def send_message(connection: socket.socket, message: dict[str, Any]) -> None:
+    """Sends one JSON object, its length first."""
+    data = json.dumps(message).encode()
+    connection.sendall(struct.pack("<I", len(data)) + data)
+
+
+def receive_message(connection: socket.socket) -> dict[str, Any]:
+    """Receives one JSON object; Disconnected where the other side is gone."""
+    (length,) = struct.unpack("<I", _receive_exactly(connection, 4))
+    message: dict[str, Any] = json.loads(_receive_exactly(connection, length))
+    return message
+
+
+def _receive_exactly(connection: socket.socket, length: int) -> bytes:
+    data = b""
+    while len(data) < length:
+        part = connection.recv(length - len(data))
+        if not part:
+            raise Disconnected
+        data += part
+    return data
+
+
+def spec_from_json(data: dict[str, Any]) -> HostSpec:
+    """The HostSpec that a worker sent."""
+    space = ObservationSpace(**_tuples(data["observation_space"]))
+    return HostSpec(**{**_tuples(data), "observation_space": space})
+
+
+def _tuples(data: dict[str, Any]) -> dict[str, Any]:
+    """JSON turned the tuples into lists."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+
+
+def load_target(target: dict[str, str]) -> Callable[..., Any]:
+    """The user's `make` function, from its module or, where it stands in the started script, from that file."""
+    if target["file"]:
+        value: Any = runpy.run_path(target["file"], run_name="__dual_policy_worker__")[target["qualname"]]
+    else:
+        value = importlib.import_module(target["module"])
+        for part in target["qualname"].split("."):
+            value = getattr(value, part)
+    function: Callable[..., Any] = value
+    return function
+
+
+def watch_parent(lifeline_fd: int, parent: int) -> None:
+    """Ends this process at once when the parent is gone, however it went and whatever this worker is doing."""
+
+    def watch() -> None:
+        while True:
+            readable, _, _ = select.select([lifeline_fd], [], [], PARENT_CHECK_S)
+            if readable or os.getppid() != parent:
+                os._exit(0)
+
+    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+
+
+def make_hosts(setup: dict[str, Any]) -> list[Host]:
+    """This worker's hosts, whose spaces must be equal."""
+    make = load_target(setup["target"])
+    hosts: list[Host] = []
+    for index in range(setup["first_env"], setup["first_env"] + setup["count"]):
+        hosts.append(as_host(make(index, **setup["args"]), setup["name"]))
+        if hosts[-1].spec != hosts[0].spec:
+            raise EnvError(
+                f"env.name={setup['name']}: env {index} differs from env {setup['first_env']} in its agents, spaces or "
+                f"length ({hosts[-1].spec} and {hosts[0].spec}); make every env alike"
+            )
+    return hosts
+
+
+def serve(connection: socket.socket, memory_fd: int) -> None:
+    """Sets up, then answers commands until told to quit or the parent is gone."""
+    setup = receive_message(connection)
+    hosts = make_hosts(setup)
+    connection.sendall(DONE)
+    send_message(connection, {"spec": asdict(hosts[0].spec)})
+    if _receive_exactly(connection, 1) == QUIT:  # else the parent has given the memory its size
+        return
+    arrays = map_arrays(memory_fd, hosts[0].spec, setup["num_envs"], resize=False)
+    os.close(memory_fd)
+    start, end = setup["start"], setup["start"] + setup["count"]
+    runners = [
+        EpisodeRunner(host, rows_of(arrays, index), setup["first_env"] + index - start)
+        for host, index in zip(hosts, range(start, end), strict=True)
+    ]
+    while (command := connection.recv(1)) not in (QUIT, b""):
+        if command == STEP:
+            for runner in runners:
+                runner.step()
+        else:
+            order = receive_message(connection)
+            longest = hosts[0].spec.max_episode_steps
+            for runner, index in zip(runners, range(start, end), strict=True):
+                cut = first_cut(index, setup["num_envs"], longest) if order["stagger"] else longest
+                runner.reset(order["seed"], cut)
+        connection.sendall(DONE)
+    for host in hosts:
+        host.close()
+
+
+def main(connection_fd: int, memory_fd: int, lifeline_fd: int, crash_fd: int, parent: int) -> None:
+    """Runs the worker; an exception is sent to the parent, a crash of native code is written to `crash_fd`.
+
+    It leaves without the interpreter's teardown: that takes long after big imports, and everyone waits for it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    faulthandler.enable(os.fdopen(crash_fd, "wb", buffering=0), all_threads=False)
+    watch_parent(lifeline_fd, parent)
+    connection = socket.socket(fileno=connection_fd)
+    code = 0
+    try:
+        serve(connection, memory_fd)
+    except Disconnected:
+        pass
+    except BaseException as error:
+        code = 1
+        is_users = isinstance(error, DualPolicyError)
+        text = str(error) if is_users else traceback.format_exc()
+        with contextlib.suppress(OSError):
+            connection.sendall(FAILED)
+            send_message(connection, {"class": type(error).__name__ if is_users else "", "text": text})
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

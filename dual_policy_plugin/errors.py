@@ -1,0 +1,62 @@
+"""The whole error tree. Every message names the key or file, what came, and what would be right.
+
+DualPolicyError
+├── ConfigError            a key of the config: unknown, out of range, contradicting another
+├── EnvError               an env that cannot be built, or died while running
+├── NpcError               an NPC that cannot be had
+│   ├── NpcNotFoundError   nothing stands at the URI
+│   └── DigestError        other bytes than those that were pinned
+├── CheckpointError        a policy file that cannot be read
+│   └── SpacesError        a policy made for other observations or actions
+├── RunError               the run directory: locked, unwritable, made by another config, disk full
+└── DivergedError          training made a number that is not finite
+
+The command line prints a DualPolicyError as one line and exits with its `exit_code`; anything else is a defect of
+ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class DualPolicyError(Exception):
+    """An error whose one-line message is all that the user needs."""
+
+    exit_code = 2
+
+
+class ConfigError(DualPolicyError):
+    """A config value that cannot work; names the key, the value and the mend."""
+
+
+class EnvError(DualPolicyError):
+    """An env that cannot be built, or whose worker died."""
+
+
+class NpcError(DualPolicyError):
+    """An NPC that cannot be had."""
+
+
+class NpcNotFoundError(NpcError):
+    """Nothing stands at the URI."""
+
+
+class DigestError(NpcError):
+    """The bytes are not those that were pinned."""
+
+
+class CheckpointError(DualPolicyError):
+    """A policy file that cannot be read."""
+
+
+class SpacesError(CheckpointError):
+    """A policy that was made for other observations or actions than the env has."""
+
+
+class RunError(DualPolicyError):
+    """A run directory that cannot be used: locked, unwritable, made by another config, disk full."""
+
+
+class DivergedError(DualPolicyError):
+    """Training produced a number that is not finite; the last healthy checkpoint is intact."""
+
+    exit_code = 3

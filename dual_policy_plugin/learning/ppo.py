@@ -1,0 +1,195 @@
+"""Proximal policy optimization (Schulman et al. 2017) over whole segments.
+
+Takes filled Experience; changes the learner's parameters; gives the losses. Names follow the field's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from dual_policy_plugin.distributed import Ranks, sum_over_ranks
+from dual_policy_plugin.experience import Experience
+from dual_policy_plugin.learning.advantage import compute_gae
+
+LOSS_NAMES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class PpoSettings:
+    """The hyperparameters of an update; meanings stand at TrainerConfig's fields of the same names."""
+
+    epochs: int
+    num_minibatches: int
+    gamma: float
+    gae_lambda: float
+    clip_coef: float
+    clip_vloss: bool
+    vf_clip_coef: float
+    vf_coef: float
+    ent_coef: float
+    max_grad_norm: float
+    norm_adv: bool
+    target_kl: float | None
+
+
+class FlatParameters:
+    """A module's parameters and gradients as one tensor each, so that clip, optimizer and all-reduce are one operation.
+
+    Attributes:
+        flat: (num_parameters,) the parameters; the module's own are views of it.
+        grad: (num_parameters,) their gradients, likewise.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.flat = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+        self.grad = torch.zeros_like(self.flat)
+        self.flat.grad = self.grad
+        start = 0
+        for parameter in parameters:
+            end = start + parameter.numel()
+            parameter.data = self.flat.data[start:end].view_as(parameter)
+            parameter.grad = self.grad[start:end].view_as(parameter)
+            start = end
+
+
+@dataclass(slots=True)
+class _Targets:
+    """What the losses compare with: advantages and returns (horizon, num_rows), mean weight (None: no weights)."""
+
+    advantages: Tensor
+    returns: Tensor
+    weight_mean: Tensor | None
+
+
+def prepare_targets(experience: Experience, settings: PpoSettings, ranks: Ranks) -> _Targets:
+    """Advantages (normalized over the rollout of all ranks) and returns."""
+    advantages = compute_gae(
+        experience.rewards,
+        experience.values,
+        experience.dones,
+        experience.final_values,
+        experience.last_values,
+        gamma=settings.gamma,
+        gae_lambda=settings.gae_lambda,
+    )
+    returns = advantages + experience.values
+    weights = experience.weights
+    weighted = advantages if weights is None else advantages * weights
+    count = torch.full((), float(advantages.numel()), device=advantages.device) if weights is None else weights.sum()
+    rows = torch.tensor(float(advantages.numel()), device=advantages.device)
+    # one reduction for everything that must be global: sum A, sum A^2, sum w, number of row-steps
+    sums = torch.stack([weighted.sum(), (weighted * advantages).sum(), count, rows]).double()
+    total, total_square, count, rows = sum_over_ranks(sums, ranks)
+    if settings.norm_adv:
+        mean = total / count
+        std = ((total_square / count - mean.square()).clamp(min=0.0) * count / (count - 1).clamp(min=1.0)).sqrt()
+        advantages = (advantages - mean.float()) / (std.float() + 1e-8)
+    return _Targets(advantages, returns, None if weights is None else (count / rows).float())
+
+
+def _minibatch_loss(
+    learner: nn.Module, experience: Experience, targets: _Targets, rows: slice, settings: PpoSettings
+) -> tuple[Tensor, Tensor]:
+    """The loss of a range of segments, and what is reported: (5,) in the order of LOSS_NAMES without grad_norm."""
+    logits, values = learner.forward_segment(  # type: ignore[operator]
+        experience.obs[:-1, rows], experience.initial_state[rows], experience.dones[:, rows]
+    )
+    all_log_probs = logits.log_softmax(dim=-1)
+    log_probs = all_log_probs.gather(-1, experience.actions[:, rows].unsqueeze(-1)).squeeze(-1)
+    log_ratio = log_probs - experience.log_probs[:, rows]
+    ratio = log_ratio.exp()
+    advantages = targets.advantages[:, rows]
+    # L_clip = -min(r * A, clip(r, 1 - eps, 1 + eps) * A)
+    policy_loss = torch.maximum(
+        -advantages * ratio, -advantages * ratio.clamp(1.0 - settings.clip_coef, 1.0 + settings.clip_coef)
+    )
+    value_loss = (values - targets.returns[:, rows]).square()
+    if settings.clip_vloss:
+        old_values = experience.values[:, rows]
+        clipped = old_values + (values - old_values).clamp(-settings.vf_clip_coef, settings.vf_clip_coef)
+        value_loss = torch.maximum(value_loss, (clipped - targets.returns[:, rows]).square())
+    entropy = -(all_log_probs.exp() * all_log_probs).sum(dim=-1)
+    with torch.no_grad():
+        approx_kl = (ratio - 1.0) - log_ratio  # k3 of Schulman, "Approximating KL divergence"
+        clipfrac = ((ratio - 1.0).abs() > settings.clip_coef).float()
+    terms = torch.stack([policy_loss, 0.5 * value_loss, entropy, approx_kl, clipfrac])  # (5, horizon, rows)
+    if targets.weight_mean is not None and experience.weights is not None:
+        # dividing by the global mean weight, not by this minibatch's, keeps ranks and minibatches equal in say
+        terms = terms * (experience.weights[:, rows] / targets.weight_mean)
+    means = terms.mean(dim=(1, 2))
+    loss = means[0] + settings.vf_coef * means[1] - settings.ent_coef * means[2]
+    return loss, means.detach()
+
+
+class PpoUpdate:
+    """The learner's optimizer and its update; state that lives between iterations is Adam's."""
+
+    def __init__(
+        self, learner: nn.Module, settings: PpoSettings, *, betas: tuple[float, float], eps: float, ranks: Ranks
+    ) -> None:
+        self.learner, self.settings, self.ranks = learner, settings, ranks
+        self.parameters = FlatParameters(learner)
+        self.buffers = frozenset(name for name, _ in learner.named_buffers())
+        self.adam = torch.optim.Adam([self.parameters.flat], lr=0.0, betas=betas, eps=eps, fused=True)
+        # Adam makes its moments at its first step; made here, they can be saved and restored at any time
+        self.adam.state[self.parameters.flat] = {
+            "step": torch.zeros((), device=self.parameters.flat.device),
+            "exp_avg": torch.zeros_like(self.parameters.flat.data),
+            "exp_avg_sq": torch.zeros_like(self.parameters.flat.data),
+        }
+
+    def adam_state(self) -> dict[str, Tensor]:
+        """Adam's moments and step count; copying into them changes the optimizer."""
+        return dict(self.adam.state[self.parameters.flat])
+
+    def update(self, experience: Experience, learning_rate: float) -> dict[str, Tensor]:
+        """Improves the learner on one rollout.
+
+        Args:
+            experience: filled; not changed.
+            learning_rate: of Adam, for this whole update.
+
+        Returns:
+            Scalars on the device: LOSS_NAMES as means over the minibatches that were used, explained_variance.
+        """
+        settings = self.settings
+        targets = prepare_targets(experience, settings, self.ranks)
+        self.adam.param_groups[0]["lr"] = learning_rate
+        bounds = [experience.num_rows * i // settings.num_minibatches for i in range(settings.num_minibatches + 1)]
+        ranges = [slice(start, end) for start, end in pairwise(bounds)]
+        report = torch.zeros(len(LOSS_NAMES), device=experience.rewards.device)
+        num_updates = 0
+        for _ in range(settings.epochs):
+            for rows in ranges:
+                means, grad_norm = self._step(experience, targets, rows)
+                report += torch.cat([means, grad_norm.view(1)])
+                num_updates += 1
+                if settings.target_kl is not None and float(means[3]) > settings.target_kl:
+                    return self._report(report / num_updates, experience, targets)
+        return self._report(report / num_updates, experience, targets)
+
+    def _step(self, experience: Experience, targets: _Targets, rows: slice) -> tuple[Tensor, Tensor]:
+        """One minibatch: forward, backward, all-reduce, clip, Adam."""
+        self.parameters.grad.zero_()
+        loss, means = _minibatch_loss(self.learner, experience, targets, rows, self.settings)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.ranks.world_size > 1:
+            sum_over_ranks(self.parameters.grad, self.ranks).div_(self.ranks.world_size)
+            means = sum_over_ranks(means, self.ranks) / self.ranks.world_size
+        grad_norm = self.parameters.grad.norm()
+        self.parameters.grad.mul_((self.settings.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))
+        self.adam.step()
+        return means, grad_norm
+
+    @staticmethod
+    def _report(report: Tensor, experience: Experience, targets: _Targets) -> dict[str, Tensor]:
+        losses = dict(zip(LOSS_NAMES, report, strict=True))
+        # 1 - Var(return - value) / Var(return), over this rank's rows
+        residual = targets.returns - experience.values
+        losses["explained_variance"] = 1.0 - residual.var() / targets.returns.var().clamp(min=1e-8)
+        return losses

@@ -1,0 +1,74 @@
+"""From an architecture's name and arguments to a module; the one table of architectures.
+
+Names beyond the table come from installed packages through the entry-point group `dual_policy.policies`: a callable
+`(observation_space, actions, **args) -> nn.Module` that follows the Policy protocol. Nothing is ever imported by a
+path that stands in a config or a checkpoint.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
+
+import torch
+from torch import nn
+
+from dual_policy_plugin.errors import ConfigError
+from dual_policy_plugin.policies.nets import FastPolicy, MlpPolicy
+from dual_policy_plugin.policies.scripted import SCRIPTED
+from dual_policy_plugin.types import ObservationSpace
+
+ENTRY_POINT_GROUP = "dual_policy.policies"
+_TABLE: dict[str, Callable[..., nn.Module]] = {"fast": FastPolicy, "mlp": MlpPolicy, **SCRIPTED}
+
+
+def architecture(name: str) -> Callable[..., nn.Module]:
+    """The constructor of an architecture.
+
+    Raises:
+        ConfigError: no such name; names the nearest one.
+    """
+    if name in _TABLE:
+        return _TABLE[name]
+    installed = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+    if name in installed:
+        constructor: Callable[..., nn.Module] = installed[name].load()
+        return constructor
+    known = sorted([*_TABLE, *installed])
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(f"agent={name} is not known; {hint}there are {', '.join(known)}")
+
+
+def build_policy(
+    name: str, args: dict[str, Any], observation_space: ObservationSpace, actions: tuple[str, ...]
+) -> nn.Module:
+    """A freshly initialized policy.
+
+    Raises:
+        ConfigError: unknown name, or arguments that the architecture does not take.
+    """
+    constructor = architecture(name)
+    try:
+        return constructor(observation_space, actions, **args)
+    except TypeError as error:
+        raise ConfigError(f"agent={name} does not take {args}: {error}") from error
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products for `trainer.precision`; auto takes bf16 where the hardware multiplies it.
+
+    Raises:
+        ConfigError: bf16 was asked for and the GPU has none.
+    """
+    if precision == "fp32":
+        return torch.float32
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        if precision == "bf16" and not has_bf16:
+            raise ConfigError("trainer.precision=bf16 is not possible on this GPU; use fp32 or auto")
+    else:
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_bf16 or precision == "bf16" else torch.float32

@@ -1,0 +1,152 @@
+"""Observation encoders, one per kind of ObservationSpace: raw observations -> (num_rows, width) before the activation.
+
+An encoder has two ways to run: `forward` through its float32 parameters, for gradients, and `packed(obs, pack)` through
+copies in the compute dtype that `pack` made once, for the rollout and for frozen policies.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dual_policy_plugin.policies.gather_sum import gather_sum
+from dual_policy_plugin.types import ObservationSpace
+
+Pack = dict[str, Tensor]
+
+
+class WindowEncoder(nn.Module):
+    """Sums one learned vector per (cell, code) of the window and a linear map of the own-state bytes."""
+
+    own_scale: Tensor
+    cell_offset: Tensor
+
+    def __init__(self, space: ObservationSpace, width: int) -> None:
+        super().__init__()
+        self.num_cells = space.window[0] * space.window[1]
+        self.num_codes = len(space.features)
+        self.num_own = len(space.own)
+        # code 0 is "empty" and has no vector: an empty cell adds nothing
+        self.table = nn.Parameter(torch.randn(self.num_cells, self.num_codes - 1, width) * 0.1)
+        self.own = nn.Parameter(torch.randn(self.num_own, width) * 0.1)
+        self.bias = nn.Parameter(torch.zeros(width))
+        scales = torch.tensor(space.scales or (1.0,) * self.num_own)
+        self.register_buffer("own_scale", 1.0 / scales, persistent=False)
+        offset = torch.arange(self.num_cells, dtype=torch.int32) * self.num_codes
+        self.register_buffer("cell_offset", offset, persistent=False)
+
+    def _encode(self, obs: Tensor, table: Tensor, own: Tensor, bias: Tensor) -> Tensor:
+        index = obs[:, : self.num_cells] + self.cell_offset  # (num_rows, num_cells) int32
+        own_state = (obs[:, self.num_cells : self.num_cells + self.num_own] * self.own_scale).to(table.dtype)
+        return torch.addmm(gather_sum(index, None, table) + bias, own_state, own)
+
+    def _flat_table(self, dtype: torch.dtype) -> Tensor:
+        # (num_cells * num_codes, width) with a zero row for every empty cell
+        return F.pad(self.table.to(dtype), (0, 0, 1, 0)).flatten(0, 1)
+
+    def pack(self, dtype: torch.dtype) -> Pack:
+        """Copies of the parameters in the compute dtype, without gradient."""
+        return {"table": self._flat_table(dtype), "own": self.own.to(dtype), "bias": self.bias.to(dtype)}
+
+    def packed(self, obs: Tensor, pack: Pack) -> Tensor:
+        """Encodes obs (num_rows, num_bytes) uint8 with packed parameters."""
+        return self._encode(obs, pack["table"], pack["own"], pack["bias"])
+
+    def forward(self, obs: Tensor, dtype: torch.dtype) -> Tensor:
+        """Encodes obs (num_rows, num_bytes) uint8 -> (num_rows, width) in `dtype`."""
+        return self._encode(obs, self._flat_table(dtype), self.own.to(dtype), self.bias.to(dtype))
+
+
+class TokenEncoder(nn.Module):
+    """Sums one learned vector per (cell, feature), weighed by the token's scaled value."""
+
+    scale: Tensor
+
+    def __init__(self, space: ObservationSpace, width: int) -> None:
+        super().__init__()
+        self.width_cells = space.window[1]
+        self.num_cells = space.window[0] * space.window[1]
+        self.num_features = len(space.features)
+        # one more cell for tokens that belong to none, and a last row of zeros for padding
+        self.table = nn.Parameter(torch.randn((self.num_cells + 1) * self.num_features, width) * 0.1)
+        self.bias = nn.Parameter(torch.zeros(width))
+        scales = torch.tensor(space.scales or (1.0,) * self.num_features)
+        self.register_buffer("scale", 1.0 / scales, persistent=False)
+
+    def _encode(self, obs: Tensor, table: Tensor, bias: Tensor) -> Tensor:
+        location, feature, value = obs.int().unbind(dim=-1)
+        is_pad = location == 0xFF
+        cell = torch.where(location == 0xFE, self.num_cells, (location >> 4) * self.width_cells + (location & 15))
+        index = torch.where(is_pad, table.shape[0] - 1, cell * self.num_features + feature)
+        weights = (value * self.scale[feature.clamp(max=self.num_features - 1)]).masked_fill(is_pad, 0.0)
+        return gather_sum(index, weights.to(table.dtype), table) + bias
+
+    def pack(self, dtype: torch.dtype) -> Pack:
+        """Copies of the parameters in the compute dtype, without gradient."""
+        return {"table": F.pad(self.table.to(dtype), (0, 0, 0, 1)), "bias": self.bias.to(dtype)}
+
+    def packed(self, obs: Tensor, pack: Pack) -> Tensor:
+        """Encodes obs (num_rows, num_tokens, 3) uint8 with packed parameters."""
+        return self._encode(obs, pack["table"], pack["bias"])
+
+    def forward(self, obs: Tensor, dtype: torch.dtype) -> Tensor:
+        """Encodes obs (num_rows, num_tokens, 3) uint8 -> (num_rows, width) in `dtype`."""
+        return self._encode(obs, F.pad(self.table.to(dtype), (0, 0, 0, 1)), self.bias.to(dtype))
+
+
+class VectorEncoder(nn.Module):
+    """A linear map of the features, normalized by running statistics that travel in the policy's file.
+
+    The statistics are buffers and change only in `update_statistics`, between iterations: within an iteration the
+    rollout and the update see the same normalization, and a frozen policy keeps its own.
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
+    def __init__(self, space: ObservationSpace, width: int) -> None:
+        super().__init__()
+        num_features = space.shape[0]
+        self.linear = nn.Linear(num_features, width)
+        self.register_buffer("mean", torch.zeros(num_features))
+        self.register_buffer("var", torch.ones(num_features))
+        self.register_buffer("count", torch.zeros(()))
+
+    def _normalize(self, obs: Tensor) -> Tensor:
+        return ((obs - self.mean) * torch.rsqrt(self.var + 1e-8)).clamp(-10.0, 10.0)
+
+    def update_statistics(self, count: Tensor, total: Tensor, total_square: Tensor) -> None:
+        """Merges a batch's count (), sum and sum of squares (num_features,) into mean and variance (Chan et al.)."""
+        batch_mean = total / count.clamp(min=1.0)
+        batch_var = total_square / count.clamp(min=1.0) - batch_mean.square()
+        merged = self.count + count
+        delta = batch_mean - self.mean
+        share = count / merged.clamp(min=1.0)
+        self.var.mul_(1.0 - share).add_(batch_var * share).add_(delta.square() * share * (1.0 - share))
+        self.mean.add_(delta * share)
+        self.count.copy_(merged)
+
+    def pack(self, dtype: torch.dtype) -> Pack:
+        """Copies of the parameters in the compute dtype, without gradient."""
+        return {"weight": self.linear.weight.to(dtype), "bias": self.linear.bias.to(dtype)}
+
+    def packed(self, obs: Tensor, pack: Pack) -> Tensor:
+        """Encodes obs (num_rows, num_features) float32 with packed parameters."""
+        return F.linear(self._normalize(obs).to(pack["weight"].dtype), pack["weight"], pack["bias"])
+
+    def forward(self, obs: Tensor, dtype: torch.dtype) -> Tensor:
+        """Encodes obs (num_rows, num_features) float32 -> (num_rows, width) in `dtype`."""
+        return F.linear(self._normalize(obs).to(dtype), self.linear.weight.to(dtype), self.linear.bias.to(dtype))
+
+
+_ENCODERS: dict[str, Any] = {"window": WindowEncoder, "tokens": TokenEncoder, "vector": VectorEncoder}
+
+
+def build_encoder(space: ObservationSpace, width: int) -> WindowEncoder | TokenEncoder | VectorEncoder:
+    """The encoder for an observation space."""
+    encoder: WindowEncoder | TokenEncoder | VectorEncoder = _ENCODERS[space.kind](space, width)
+    return encoder

@@ -1,0 +1,116 @@
+"""The policy that trains: built fresh or from a checkpoint, and written to policy files.
+
+Takes the config's agent and, if there is one, `trainer.initial_policy`; gives a Learner.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dual_policy_plugin.checkpoint import PolicyFile, encode_policy
+from dual_policy_plugin.config import AgentConfig
+from dual_policy_plugin.errors import ConfigError
+from dual_policy_plugin.npc.resolver import PinnedPolicy
+from dual_policy_plugin.policies.binding import BoundPolicy
+from dual_policy_plugin.policies.build import build_policy
+from dual_policy_plugin.policies.loading import load_policy, read_description
+from dual_policy_plugin.types import EnvSpec, ObservationSpace
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Learner:
+    """The trained policy and what a policy file says about it."""
+
+    policy: nn.Module
+    """In the env's spaces."""
+    inner: nn.Module
+    """The net itself, in its own spaces: `policy`, or what it wraps where an initial policy had another order."""
+    agent: AgentConfig
+    observation_space: ObservationSpace
+    """The net's own."""
+    actions: tuple[str, ...]
+    """The net's own."""
+
+    def encode(self, metadata: dict[str, Any], *, dtype: torch.dtype = torch.float32) -> bytes:
+        """The bytes of a policy file with the present weights, stored in `dtype`."""
+        tensors = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in self.inner.state_dict().items()
+        }
+        return encode_policy(
+            PolicyFile(
+                architecture=self.agent.name,
+                args=self.agent.args,
+                observation_space=self.observation_space,
+                actions=self.actions,
+                tensors=tensors,
+                metadata=metadata,
+            )
+        )
+
+
+def build_learner(
+    agent: AgentConfig,
+    spec: EnvSpec,
+    *,
+    seed: int,
+    initial: PinnedPolicy | None,
+    initial_agent: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Learner:
+    """A learner with fresh weights, or with those of a checkpoint of the same architecture.
+
+    Args:
+        agent: architecture and arguments.
+        spec: the env it will see.
+        seed: of the fresh weights.
+        initial: trainer.initial_policy, pinned; None: fresh weights.
+        initial_agent: architecture of a bare state dict; None: the agent's.
+        dtype: of matrix products.
+        device: where it trains.
+
+    Raises:
+        ConfigError: unknown architecture or arguments.
+        CheckpointError: the checkpoint cannot be read or does not fit.
+    """
+    torch.manual_seed(seed)
+    space, actions = spec.observation_space, spec.actions
+    if initial is None:
+        policy = inner = build_policy(agent.name, agent.args, space, actions)
+    else:
+        policy = load_policy(
+            initial,
+            observation_space=space,
+            actions=actions,
+            default_agent=initial_agent or agent.name,
+            default_args=agent.args,
+            device=torch.device("cpu"),
+        )
+        inner = policy.policy if isinstance(policy, BoundPolicy) else policy
+        file = read_description(initial)
+        if file is not None:
+            space, actions = file.observation_space, file.actions
+        fresh = build_policy(agent.name, agent.args, space, actions)
+        _check_same_net(inner, fresh, agent, file, initial.requested)
+    inner.compute_dtype = dtype  # type: ignore[assignment]
+    policy.to(device).train().requires_grad_()
+    return Learner(policy=policy, inner=inner, agent=agent, observation_space=space, actions=actions)
+
+
+def _check_same_net(
+    inner: nn.Module, fresh: nn.Module, agent: AgentConfig, file: PolicyFile | None, requested: str
+) -> None:
+    """The config's agent and the checkpoint's must be one: a learner of another kind than asked for helps nobody."""
+    shapes, expected = ({name: t.shape for name, t in net.state_dict().items()} for net in (inner, fresh))
+    if type(inner) is type(fresh) and shapes == expected:
+        return
+    name, args = (agent.name, agent.args) if file is None else (file.architecture, file.args)
+    settings = " ".join([f"agent={name}", *(f"agent.{key}={value}" for key, value in args.items())])
+    raise ConfigError(
+        f"trainer.initial_policy.uri={requested} holds another net than agent={agent.name}; set {settings}"
+    )

@@ -1,0 +1,131 @@
+"""The two nets that come with the package: `fast` (encoder, LSTM, two heads) and `mlp` (encoder, hidden layer, heads).
+
+Both follow the Policy protocol. Parameters are float32; products run in `compute_dtype`; logits and values leave in
+float32. `forward_segment` goes through the parameters and carries gradients. `forward_step` goes through copies that
+`pack` makes: call `pack` after the parameters changed (the collector does so once an iteration).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dual_policy_plugin.policies.encoders import Pack, VectorEncoder, build_encoder
+from dual_policy_plugin.policies.lstm import lstm_cell, lstm_segment
+from dual_policy_plugin.types import ObservationSpace
+
+
+class _Net(nn.Module):
+    """What `fast` and `mlp` share: the encoder, the heads in one matrix, and packing."""
+
+    def __init__(self, space: ObservationSpace, actions: tuple[str, ...], hidden_size: int) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.num_actions = len(actions)
+        self.compute_dtype = torch.float32
+        self.encoder = build_encoder(space, hidden_size)
+        self.heads = nn.Linear(hidden_size, self.num_actions + 1)  # the last output is the value
+        nn.init.orthogonal_(self.heads.weight[:-1], 0.01)
+        nn.init.orthogonal_(self.heads.weight[-1:], 1.0)
+        nn.init.zeros_(self.heads.bias)
+        self._pack: dict[str, Pack] = {}
+
+    def update_statistics(self, count: Tensor, total: Tensor, total_square: Tensor) -> None:
+        """Merges a batch of observations into the normalization, where the encoder has one."""
+        assert isinstance(self.encoder, VectorEncoder)
+        self.encoder.update_statistics(count, total, total_square)
+
+    def _split_heads(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        output = output.float()
+        return output[..., :-1], output[..., -1]
+
+    def _heads(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = self.compute_dtype
+        return self._split_heads(F.linear(hidden.to(dtype), self.heads.weight.to(dtype), self.heads.bias.to(dtype)))
+
+    def _packed_heads(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        heads = self._pack["heads"]
+        return self._split_heads(torch.addmm(heads["bias"], hidden.to(self.compute_dtype), heads["weight"]))
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Copies the parameters into the compute dtype for `forward_step`."""
+        dtype = self.compute_dtype
+        self._pack["encoder"] = self.encoder.pack(dtype)
+        self._pack["heads"] = {
+            "weight": self.heads.weight.t().to(dtype).contiguous(),
+            "bias": self.heads.bias.to(dtype),
+        }
+
+
+class FastPolicy(_Net):
+    """Encoder, LSTM, heads for the policy and the value."""
+
+    def __init__(self, space: ObservationSpace, actions: tuple[str, ...], *, hidden_size: int = 128) -> None:
+        super().__init__(space, actions, hidden_size)
+        self.state_size = 2 * hidden_size
+        bound = 1.0 / math.sqrt(hidden_size)
+        self.weight_ih = nn.Parameter(torch.empty(hidden_size, 4 * hidden_size).uniform_(-bound, bound))
+        self.weight_hh = nn.Parameter(torch.empty(hidden_size, 4 * hidden_size).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(4 * hidden_size))
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Copies the parameters into the compute dtype for `forward_step`."""
+        super().pack()
+        weights = torch.cat([self.weight_ih, self.weight_hh]).to(self.compute_dtype)  # one product for x and h
+        self._pack["lstm"] = {"weight": weights, "bias": self.bias.to(self.compute_dtype)}
+
+    @torch.no_grad()
+    def forward_step(self, obs: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As Policy.forward_step, through the packed parameters."""
+        lstm = self._pack["lstm"]
+        encoded = self.encoder.packed(obs, self._pack["encoder"]).relu_()
+        hidden, cell = state.chunk(2, dim=1)
+        both = torch.cat([encoded, hidden.to(self.compute_dtype)], dim=1)
+        hidden, cell = lstm_cell(torch.addmm(lstm["bias"], both, lstm["weight"]), cell)
+        logits, values = self._packed_heads(hidden)
+        return logits, values, torch.cat([hidden, cell], dim=1)
+
+    def forward_segment(self, obs: Tensor, state: Tensor, dones: Tensor) -> tuple[Tensor, Tensor]:
+        """As Policy.forward_segment, with gradients in the parameters."""
+        horizon, num_rows = dones.shape
+        dtype = self.compute_dtype
+        encoded = self.encoder(obs.flatten(0, 1), dtype).relu()
+        gates_x = torch.addmm(self.bias.to(dtype), encoded, self.weight_ih.to(dtype)).view(horizon, num_rows, -1)
+        hidden = lstm_segment(gates_x, self.weight_hh.to(dtype), state, dones)
+        return self._heads(hidden)
+
+
+class MlpPolicy(_Net):
+    """Encoder, one hidden layer, heads; no memory."""
+
+    def __init__(self, space: ObservationSpace, actions: tuple[str, ...], *, hidden_size: int = 128) -> None:
+        super().__init__(space, actions, hidden_size)
+        self.state_size = 0
+        self.hidden = nn.Linear(hidden_size, hidden_size)
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Copies the parameters into the compute dtype for `forward_step`."""
+        super().pack()
+        dtype = self.compute_dtype
+        self._pack["hidden"] = {"weight": self.hidden.weight.to(dtype), "bias": self.hidden.bias.to(dtype)}
+
+    @torch.no_grad()
+    def forward_step(self, obs: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As Policy.forward_step, through the packed parameters."""
+        layer = self._pack["hidden"]
+        encoded = self.encoder.packed(obs, self._pack["encoder"]).relu_()
+        logits, values = self._packed_heads(F.linear(encoded, layer["weight"], layer["bias"]).relu_())
+        return logits, values, state
+
+    def forward_segment(self, obs: Tensor, state: Tensor, dones: Tensor) -> tuple[Tensor, Tensor]:
+        """As Policy.forward_segment, with gradients in the parameters; state and dones have no say."""
+        dtype = self.compute_dtype
+        encoded = self.encoder(obs.flatten(0, 1), dtype).relu()
+        hidden = F.linear(encoded, self.hidden.weight.to(dtype), self.hidden.bias.to(dtype)).relu()
+        return self._heads(hidden.view(*dones.shape, -1))

@@ -1,0 +1,1 @@
+"""What a person watches: the terminal panel, W&B, the report."""

@@ -1,0 +1,115 @@
+"""Weights & Biases: takes every metric and timing of an iteration from `train.py`; off, offline or online.
+
+The W&B run's id stands in the run directory's state, so a continued run goes on in the same W&B run. Its files stand in
+the run directory too, under wandb/.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+from dual_policy_plugin.config import WandbConfig
+from dual_policy_plugin.errors import ConfigError
+from dual_policy_plugin.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    import wandb
+
+_STATE_NAME = "wandb.json"
+
+
+class WandbLogger:
+    """The open W&B run; does nothing where wandb.mode is off."""
+
+    def __init__(self, run: wandb.Run | None) -> None:
+        """Takes over an open W&B run; users call `open`."""
+        self._run = run
+
+    @classmethod
+    def open(
+        cls, config: WandbConfig, run_directory: RunDirectory, *, name: str, run_config: Mapping[str, Any]
+    ) -> Self:
+        """Starts or continues the W&B run of `run_directory`.
+
+        Args:
+            config: mode, project, entity, group, tags.
+            run_directory: holds the W&B run's id and its files.
+            name: how W&B shows the run.
+            run_config: the run's config as plain values; W&B shows and compares it.
+
+        Raises:
+            ConfigError: wandb is not installed, or W&B cannot be reached or refuses the login.
+        """
+        if config.mode == "off":
+            return cls(None)
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                f"wandb.mode={config.mode} needs the package wandb; "
+                f"install it with `pip install 'dual-policy-plugin[wandb]'`, or use wandb=off"
+            ) from error
+        try:
+            if config.mode == "online" and not wandb.login(prompt=False, verify=True):
+                raise ConfigError(
+                    "wandb.mode=online finds no W&B login; "
+                    "run `wandb login`, set WANDB_API_KEY, or use wandb=offline or wandb=off"
+                )
+            run = wandb.init(
+                mode="online" if config.mode == "online" else "offline",
+                project=config.project,
+                entity=config.entity,
+                group=config.group,
+                tags=config.tags,
+                name=name,
+                id=_run_id(run_directory),
+                resume="allow" if config.mode == "online" else None,  # an offline run is joined when it is synced
+                dir=str(run_directory.path),
+                config=dict(run_config),
+                settings=wandb.Settings(console="off"),  # else it records every redraw of the progress panel
+            )
+        except wandb.errors.Error as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"wandb.mode={config.mode} could not start: {reason}; "
+                f"see that the server is reachable and the login right, or use wandb=offline or wandb=off"
+            ) from error
+        return cls(run)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Sends the metrics of an iteration.
+
+        Args:
+            metrics: by name.
+            step: agent_step. Figures of one step may come in several calls; W&B drops those of a step before its last,
+                so what a continued run does again is not shown twice.
+        """
+        if self._run is not None:
+            self._run.log(dict(metrics), step=step)
+
+    def finish(self, result: Mapping[str, Any] | None = None, *, exit_code: int = 0) -> None:
+        """Sends what is left and ends the W&B run; may be called twice.
+
+        Args:
+            result: goes into the run's summary.
+            exit_code: 0 marks the W&B run as finished, anything else as failed.
+        """
+        if self._run is None:
+            return
+        if result is not None:
+            self._run.summary.update(dict(result))
+        self._run.finish(exit_code=exit_code)
+        self._run = None
+
+
+def _run_id(run_directory: RunDirectory) -> str:
+    """The stored id of the run directory's W&B run; a new one, stored before its first use, if there is none."""
+    stored = run_directory.load_state(_STATE_NAME)
+    if stored is not None:
+        return str(json.loads(stored)["id"])
+    run_id = secrets.token_hex(4)
+    run_directory.save_state(_STATE_NAME, json.dumps({"id": run_id}).encode())
+    return run_id

@@ -1,0 +1,121 @@
+"""Episode metrics as running sums on the device, read by the host once an iteration.
+
+Takes StepResults and the Assignment; gives the `dual_policy/*` and `env/*` figures of docs and dashboards.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dual_policy_plugin.distributed import Ranks, sum_over_ranks
+from dual_policy_plugin.policies.pool import NpcPool
+from dual_policy_plugin.rollout.assignment import Assignment
+from dual_policy_plugin.types import EnvSpec, StepResult
+
+
+class EpisodeMetrics:
+    """Sums over the episodes that ended since the last `take`.
+
+    An episode's return is a row's summed reward. The learner wins an episode in which its agents' mean return exceeds
+    the NPC agents' mean return; equal is half a win.
+
+    Attributes:
+        returns: (num_envs, num_agents) float32, of the running episodes.
+        is_counting: (num_envs,) bool, whether the running episode will count when it ends.
+        sums: (num_npcs, num_fields) float64: episodes, wins, the two returns, then the env's counters of both.
+    """
+
+    def __init__(
+        self,
+        spec: EnvSpec,
+        assignment: Assignment,
+        pool: NpcPool | None,
+        device: torch.device,
+        *,
+        count_first: bool,
+        count_later: bool,
+    ) -> None:
+        """Args say which episodes count: `count_first` the one each env starts with, `count_later` all others."""
+        self.assignment, self.pool, self.counters = assignment, pool, spec.counters
+        self.num_npcs = 1 if pool is None else len(pool.npcs)
+        self.returns = torch.zeros(spec.num_envs, spec.num_agents, device=device)
+        self.is_counting = torch.full((spec.num_envs,), count_first, device=device)
+        self._count_later = torch.tensor(count_later, device=device)
+        # (num_agents, 2): sums over learner seats, over NPC seats, as one product
+        teams = torch.zeros(spec.num_agents, 2, device=device)
+        teams[list(assignment.learner_seats), 0] = 1.0
+        teams[list(assignment.npc_seats), 1] = 1.0
+        self._teams = teams
+        self.sums = torch.zeros(self.num_npcs, 4 + 2 * len(spec.counters), dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, result: StepResult) -> None:
+        """Adds one step; call it before the pool draws new NPCs."""
+        self.returns += result.rewards
+        counted = result.episode_ends & self.is_counting  # (num_envs,)
+        sides = self.returns @ self._teams  # (num_envs, 2): learner's and NPC's summed returns
+        # mean_learner > mean_npc, compared by cross-multiplication so that ties are exact
+        difference = sides[:, 0] * self.assignment.num_npc - sides[:, 1] * self.assignment.num_learner
+        wins = 0.5 * (difference.sign() + 1.0)
+        fields = [torch.ones_like(wins), wins, sides[:, 0], sides[:, 1]]
+        if result.counters is not None and self.counters:
+            both = torch.einsum("eac,as->ecs", result.counters, self._teams)
+            fields.extend(both.flatten(1).unbind(1))
+        rows = torch.stack(fields, dim=1).double() * counted.unsqueeze(1)  # (num_envs, num_fields)
+        if self.pool is None or self.num_npcs == 1:
+            self.sums[0] += rows.sum(dim=0)
+        else:
+            is_npc = self.pool.npc_of_env.unsqueeze(0) == torch.arange(self.num_npcs, device=rows.device).unsqueeze(1)
+            self.sums += is_npc.double() @ rows
+        self.returns.masked_fill_(result.episode_ends.unsqueeze(1), 0.0)
+        self.is_counting = torch.where(result.episode_ends, self._count_later, self.is_counting)
+
+    def take(self, ranks: Ranks) -> dict[str, float]:
+        """The figures of all ranks since the last call; names whose episodes are none are absent, not zero."""
+        sums = sum_over_ranks(self.sums.clone(), ranks).cpu()
+        self.sums.zero_()
+        has_npc = self.assignment.num_npc > 0
+        metrics: dict[str, float] = {"dual_policy/policy_a_agent_count": float(self.assignment.num_learner)}
+        if has_npc:
+            metrics["dual_policy/npc_agent_count"] = float(self.assignment.num_npc)
+        metrics |= self._episode_figures(sums.sum(dim=0), has_npc)
+        if self.pool is not None and self.num_npcs > 1:
+            total = float(sums[:, 0].sum())
+            for npc, row in zip(self.pool.npcs, sums, strict=True):
+                if total > 0:
+                    metrics[f"dual_policy/npc/{npc.name}/share"] = float(row[0]) / total
+                if row[0] > 0:
+                    metrics[f"dual_policy/npc/{npc.name}/episodes"] = float(row[0])
+                    metrics[f"dual_policy/npc/{npc.name}/win_rate"] = float(row[1] / row[0])
+        return metrics
+
+    def _episode_figures(self, sums: Tensor, has_npc: bool) -> dict[str, float]:
+        episodes = float(sums[0])
+        if episodes == 0:
+            return {}
+        num_learner, num_npc = self.assignment.num_learner, self.assignment.num_npc
+        learner_total, npc_total = float(sums[2]) / episodes, float(sums[3]) / episodes
+        combined = learner_total + npc_total
+        figures = {
+            "dual_policy/episodes": episodes,
+            "dual_policy/policy_a_reward": learner_total / num_learner,
+            "dual_policy/policy_a_reward_total": learner_total,
+            "dual_policy/combined_reward": combined / self.assignment.num_agents,
+            "dual_policy/combined_reward_total": combined,
+        }
+        if has_npc:
+            figures["dual_policy/win_rate"] = float(sums[1]) / episodes
+            figures["dual_policy/npc_reward"] = npc_total / num_npc
+            figures["dual_policy/npc_reward_total"] = npc_total
+        for i, name in enumerate(self.counters):
+            figures[f"env/policy_a/{name}"] = float(sums[4 + 2 * i]) / episodes / num_learner
+            if has_npc:
+                figures[f"env/npc/{name}"] = float(sums[5 + 2 * i]) / episodes / num_npc
+        return figures
+
+
+def episode_counts(metrics: EpisodeMetrics) -> tuple[float, float]:
+    """(wins, episodes) so far, draws as half a win; the sums stay."""
+    total = metrics.sums.sum(dim=0).cpu()
+    return float(total[1]), float(total[0])

@@ -1,0 +1,99 @@
+"""One live process per run: an advisory lock on run.lock, used by `run_directory`.
+
+The kernel drops the lock when its holder dies, however it dies, so a file that a dead process left is no obstacle. The
+file is never removed or replaced: a lock belongs to the inode, and two inodes would be two locks. Its text (pid, host,
+since) is for people only. On NFS the lock holds across machines.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+
+from dual_policy_plugin.errors import RunError
+from dual_policy_plugin.files import file_error
+
+_WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
+_held: set[int] = set()
+"""Descriptors of the locks that this process holds."""
+
+
+def lock_run(folder: Path, since: float) -> int:
+    """Takes the lock of the run at `folder`; returns the descriptor that holds it.
+
+    Args:
+        folder: the run's directory.
+        since: seconds since 1970, for the text of the file.
+
+    Raises:
+        RunError: another live process holds it (named by pid and host), or the file system has no locks.
+    """
+    path = folder / "run.lock"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise file_error(error, path, "opened") from error
+    try:
+        _lock(descriptor, path)
+        note = {"pid": os.getpid(), "host": socket.gethostname(), "since": _timestamp(since)}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, (json.dumps(note) + "\n").encode(), 0)
+    except OSError as error:
+        os.close(descriptor)
+        raise file_error(error, path, "written") from error
+    except RunError:
+        os.close(descriptor)
+        raise
+    _held.add(descriptor)
+    return descriptor
+
+
+def unlock_run(descriptor: int) -> None:
+    """Gives back a lock that `lock_run` took."""
+    if descriptor in _held:  # not in a forked child, where the number may mean another file by now
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RunError(
+            f"{path.parent} is in use by {_holder(descriptor)}; wait for it, end it, or use another run= name"
+        ) from error
+    except OSError as error:
+        if error.errno in _WITHOUT_LOCKS:
+            raise RunError(
+                f"{path} cannot be locked, the file system has no file locks ({error.strerror}); "
+                f"set train_dir= to another disk"
+            ) from error
+        raise
+
+
+def _holder(descriptor: int) -> str:
+    """Who holds the lock, in words."""
+    try:
+        note = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {note['pid']} on {note['host']} since {note['since']}"
+    except (ValueError, KeyError, TypeError, OSError):
+        return "another process"  # it took the lock and has not yet written its name
+
+
+def _timestamp(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, tz=UTC).isoformat(timespec="seconds")
+
+
+def _drop_in_child() -> None:
+    """Closes a forked child's copies: the lock stays with the parent, and ends with it even if the child lives on."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_drop_in_child)

@@ -1,0 +1,92 @@
+"""All that a continued run needs, as one file of plain numbers: tensors by name and counters as JSON.
+
+`train.py` saves it after each checkpoint and restores it when the run directory has one. With an env that can hand out
+its state (the arena) the continuation goes on inside the episodes; with others all envs start anew.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+from torch import Tensor
+
+from dual_policy_plugin.checkpoint import read_safetensors
+from dual_policy_plugin.errors import RunError
+from dual_policy_plugin.rollout.episode_metrics import EpisodeMetrics
+from dual_policy_plugin.rollout.mixed_policy import MixedPolicy
+from dual_policy_plugin.types import VecEnv
+
+if TYPE_CHECKING:
+    from dual_policy_plugin.learning.ppo import PpoUpdate
+
+STATE_NAME = "training.safetensors"
+
+
+@dataclass(kw_only=True, slots=True)
+class Counters:
+    """How far a run is."""
+
+    iteration: int = 0
+    """Finished iterations; also the checkpoint's epoch."""
+    agent_step: int = 0
+    """Learner steps with weight 1, over all ranks."""
+    env_agent_step: int = 0
+    """Steps of all agents, over all ranks."""
+    elapsed_s: float = 0.0
+    """Wall-clock seconds of training, over all restarts."""
+
+
+def encode_state(counters: Counters, env: VecEnv, mixed: MixedPolicy, ppo: PpoUpdate, metrics: EpisodeMetrics) -> bytes:
+    """The state between two iterations."""
+    tensors = _live_tensors(mixed, ppo, metrics)
+    if hasattr(env, "state_dict"):
+        tensors |= {f"env.{name}": tensor for name, tensor in env.state_dict().items()}
+    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    return bytes(safetensors.torch.save(whole, metadata={"counters": json.dumps(asdict(counters))}))
+
+
+def restore_state(
+    data: bytes, where: str, env: VecEnv, mixed: MixedPolicy, ppo: PpoUpdate, metrics: EpisodeMetrics
+) -> Counters:
+    """Puts a saved state into the live objects; gives the counters.
+
+    Raises:
+        RunError: the state was saved by a run of another shape.
+    """
+    metadata, saved = read_safetensors(data, where)
+    has_env = hasattr(env, "load_state_dict") and any(name.startswith("env.") for name in saved)
+    live = _live_tensors(mixed, ppo, metrics)
+    for name, tensor in live.items():
+        is_episode_state = name.split(".")[0] in ("mixed", "pool", "metrics")
+        if is_episode_state and not has_env:
+            continue  # all envs start anew, and so do their states
+        if name not in saved or saved[name].shape != tensor.shape:
+            raise RunError(f"{where}: its {name} does not fit this run; use another run= name")
+        tensor.copy_(saved[name])
+    if has_env:
+        env.load_state_dict({name[4:]: tensor for name, tensor in saved.items() if name.startswith("env.")})  # type: ignore[attr-defined]
+    counters: dict[str, Any] = json.loads(metadata["counters"])
+    return Counters(**counters)
+
+
+def _live_tensors(mixed: MixedPolicy, ppo: PpoUpdate, metrics: EpisodeMetrics) -> dict[str, Tensor]:
+    """The tensors that a run's future depends on, by name; copying into them changes the run."""
+    tensors = {
+        "learner.parameters": ppo.parameters.flat.data,
+        **{
+            f"learner.buffer.{name}": buffer
+            for name, buffer in mixed.learner.state_dict().items()
+            if name in ppo.buffers
+        },
+        **{f"adam.{name}": tensor for name, tensor in ppo.adam_state().items()},
+        "mixed.learner_state": mixed.learner_state,
+        "metrics.returns": metrics.returns,
+        "metrics.is_counting": metrics.is_counting,
+    }
+    if mixed.pool is not None:
+        tensors["pool.state"] = mixed.pool.state
+        tensors["pool.npc_of_env"] = mixed.pool.npc_of_env
+    return tensors

@@ -1,0 +1,207 @@
+"""Resolving: directories, near names, pins, and bytes that are no longer those that were pinned."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dual_policy_plugin.errors import DigestError, NpcError, NpcNotFoundError
+from dual_policy_plugin.npc.resolver import read_verified, resolve
+from dual_policy_plugin.npc.sources import find_builtin
+from dual_policy_plugin.npc.uri import parse_uri
+
+
+def write(path: Path, data: bytes = b"weights") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of three checkpoints; `latest` is the newest, `best` the one in the middle, by content."""
+    for epoch in (2, 10, 9):
+        write(tmp_path / f"my run/checkpoints/model_{epoch:04d}.safetensors", f"weights {epoch:04d}".encode())
+    write(tmp_path / "my run/checkpoints/latest.safetensors", b"weights 0010")
+    write(tmp_path / "my run/checkpoints/best.safetensors", b"weights 0009")
+    write(tmp_path / "my run/config.yaml")
+    return tmp_path / "my run"
+
+
+def test_a_file_is_pinned_by_path_digest_and_size(run: Path) -> None:
+    path = run / "checkpoints/model_0002.safetensors"
+    for text in (str(path), f"file://{path}"):
+        pinned = resolve(text)
+        assert pinned.requested == text
+        assert pinned.uri == f"file://{path}"
+        assert pinned.sha256 == hashlib.sha256(b"weights 0002").hexdigest()
+        assert (pinned.num_bytes, pinned.path, pinned.script) == (12, path, None)
+        assert pinned.name == "my_run.model_0002"
+        assert read_verified(pinned) == b"weights 0002"
+
+
+def test_a_relative_path_is_relative_to_the_base(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = run / "checkpoints/model_0002.safetensors"
+    for text in ("checkpoints/model_0002.safetensors", "file://checkpoints/model_0002.safetensors"):
+        assert resolve(text, base=run).path == path
+    monkeypatch.chdir(run / "checkpoints")
+    assert resolve("../checkpoints/./model_0002.safetensors").uri == f"file://{path}"
+
+
+def test_the_name_can_be_given(run: Path) -> None:
+    assert resolve(str(run), name="old-1.0").name == "old-1.0"
+    for name in ("", "a b", "a/b", "x" * 65, "ü"):
+        with pytest.raises(NpcError, match=r"name .* is not possible"):
+            resolve(str(run), name=name)
+
+
+def test_a_directory_means_its_newest_checkpoint_by_number(run: Path) -> None:
+    newest = f"file://{run}/checkpoints/model_0010.safetensors"
+    assert resolve(str(run)).uri == newest
+    assert resolve(f"file://{run}/checkpoints/").uri == newest
+    write(run / "checkpoints/model_9999.safetensors")
+    write(run / "checkpoints/model_10000.safetensors")  # more digits: still by number, not by letters
+    assert resolve(str(run)).uri.endswith("model_10000.safetensors")
+    write(run / "checkpoints/model_10000.pt")
+    assert resolve(str(run)).uri.endswith("model_10000.safetensors")
+    write(run / "checkpoints/model_10001.pt")
+    assert resolve(str(run)).uri.endswith("model_10001.pt")
+
+
+def test_files_that_change_are_pinned_to_those_that_do_not(run: Path) -> None:
+    folder = run / "checkpoints"
+    assert resolve(str(folder / "latest.safetensors")).path == folder / "model_0010.safetensors"
+    assert resolve(str(folder / "best.safetensors")).path == folder / "model_0009.safetensors"
+    write(folder / "best.safetensors", b"weights 0000")
+    assert resolve(str(folder / "best.safetensors")).path == folder / "best.safetensors"
+
+
+def test_a_link_is_pinned_to_what_it_means_now(run: Path) -> None:
+    (run / "current").symlink_to(run / "checkpoints/model_0002.safetensors")
+    assert resolve(str(run / "current")).path == run / "checkpoints/model_0002.safetensors"
+    (run / "loop").symlink_to(run / "loop")
+    with pytest.raises(NpcError, match=r"loop: "):
+        resolve(str(run / "loop"))
+
+
+def test_a_directory_without_numbers_means_latest_or_its_only_file(tmp_path: Path) -> None:
+    write(tmp_path / "one/policy.pt")
+    assert resolve(str(tmp_path / "one")).path == tmp_path / "one/policy.pt"
+    write(tmp_path / "one/other.safetensors")
+    with pytest.raises(NpcNotFoundError, match=r"several policy files \(other.safetensors, policy.pt\); name one"):
+        resolve(str(tmp_path / "one"))
+    write(tmp_path / "one/latest.safetensors")
+    assert resolve(str(tmp_path / "one")).path == tmp_path / "one/latest.safetensors"
+
+
+def test_a_directory_of_runs_is_asked_back(run: Path) -> None:
+    with pytest.raises(NpcNotFoundError, match=r"holds the runs my run; name one of them"):
+        resolve(str(run.parent))
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("checkpoints/model_0002.pt", r"no such file; model_0002.safetensors stands beside it, name that one$"),
+        ("checkpoints/model_002.safetensors", r"did you mean model_0002.safetensors\? .* holds best.safetensors, "),
+        ("checkpoint/model_0002.pt", r"checkpoint does not exist; did you mean checkpoints\?"),
+        ("nowhere/at/all.pt", r"nowhere does not exist; .*my run holds checkpoints, config.yaml$"),
+        ("config.yaml/x.pt", r"config.yaml"),
+    ],
+)
+def test_what_is_not_there_is_named_with_what_is(run: Path, path: str, reason: str) -> None:
+    with pytest.raises(NpcError, match=reason) as caught:
+        resolve(path, base=run)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_long_listing_is_cut_short(tmp_path: Path) -> None:
+    for i in range(20):
+        write(tmp_path / f"file{i:02d}")
+    with pytest.raises(NpcNotFoundError, match=r"holds file00, file01, file02, file03, file04 and 15 more$"):
+        resolve("zzz", base=tmp_path)
+
+
+def test_an_empty_directory_says_so(tmp_path: Path) -> None:
+    with pytest.raises(NpcNotFoundError, match=r"no checkpoint in .* is empty$"):
+        resolve(str(tmp_path))
+
+
+def test_special_files_are_refused_without_reading(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pt")
+    for path in (str(tmp_path / "pipe.pt"), "/dev/zero"):
+        with pytest.raises(NpcError, match="neither a file nor a directory"):
+            resolve(path)
+
+
+def test_a_name_that_is_too_long_for_the_system_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(NpcError, match="File name too long"):
+        resolve("x" * 300, base=tmp_path)
+
+
+def test_other_bytes_than_the_pinned_ones_are_never_given(run: Path) -> None:
+    path = run / "checkpoints/model_0002.safetensors"
+    pinned = resolve(str(path))
+    for data in (b"weights 0003", b"weights", b"", b"weights 0002 and more"):
+        path.write_bytes(data)
+        with pytest.raises(DigestError) as caught:
+            read_verified(pinned)
+        message = str(caught.value)
+        assert f"pinned as sha256 {pinned.sha256[:12]} (12 bytes)" in message
+        assert re.search(r"now [0-9a-f]{12} \(", message)
+    path.unlink()
+    with pytest.raises(NpcError, match="cannot be read: No such file"):
+        read_verified(pinned)
+
+
+def test_a_wrong_digest_of_the_right_size_is_seen(run: Path) -> None:
+    pinned = resolve(str(run))
+    with pytest.raises(DigestError):
+        read_verified(replace(pinned, sha256="0" * 64))
+
+
+@pytest.mark.parametrize("name", ["random", "forager", "hunter"])
+def test_scripted_builtins_have_a_digest_of_their_name_and_version(name: str) -> None:
+    pinned = resolve(f"builtin://arena/{name}")
+    assert (pinned.name, pinned.script, pinned.path, pinned.num_bytes) == (name, name, None, 0)
+    assert pinned.uri == f"builtin://arena/{name}"
+    assert pinned.sha256 == hashlib.sha256(f"builtin://arena/{name}@1".encode()).hexdigest()
+    assert read_verified(pinned) == b""
+
+
+def test_builtin_files_are_found_under_their_root(tmp_path: Path) -> None:
+    path = write(tmp_path / "arena/medium.safetensors")
+    found = find_builtin(parse_uri("builtin://arena/medium"), None, root=tmp_path)
+    assert (found.uri, found.name, found.path) == ("builtin://arena/medium", "medium", path)
+    with pytest.raises(NpcNotFoundError) as caught:
+        find_builtin(parse_uri("builtin://arena/mediun"), None, root=tmp_path)
+    assert str(caught.value) == (
+        "builtin://arena/mediun: no such builtin; did you mean builtin://arena/medium? "
+        "there are arena/random, arena/forager, arena/hunter, arena/medium"
+    )
+
+
+def test_an_unknown_builtin_names_the_nearest() -> None:
+    with pytest.raises(NpcNotFoundError, match=r"did you mean builtin://arena/hunter\?"):
+        resolve("builtin://arena/huntr")
+
+
+def test_resolving_never_imports_torch() -> None:
+    code = "import sys, dual_policy_plugin.npc.lock; print('torch' in sys.modules)"
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert done.stdout == "False\n"

@@ -1,0 +1,275 @@
+"""Dual-policy training as promised: the NPC acts on its seats, never trains, and nothing of it reaches the update."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dual_policy_plugin.checkpoint import decode_policy
+from dual_policy_plugin.config import Config, DualPolicyConfig, EnvConfig, EvalsConfig, PolicySource, TrainerConfig
+from dual_policy_plugin.envs.arena import make_arena
+from dual_policy_plugin.policies.build import build_policy
+from dual_policy_plugin.policies.pool import Npc, NpcPool
+from dual_policy_plugin.rollout.assignment import Assignment, assign
+from dual_policy_plugin.rollout.collector import collect_rollout
+from dual_policy_plugin.train import train
+from dual_policy_plugin.types import EnvSpec, StepResult, VecEnv
+from tests.harness import CPU, Loop, MemoryTask, make_loop
+
+NUM_ENVS, NUM_AGENTS = 12, 8
+
+
+def arena_loop(split: Assignment, npc: nn.Module | None = None, env: VecEnv | None = None) -> Loop:
+    env = env or make_arena(NUM_ENVS, {"episode_steps": 24}, CPU)
+    return make_loop(env, split=split, npc=npc, horizon=16, hidden_size=16)
+
+
+class CountingPolicy(nn.Module):
+    """Passes through and counts the rows of every forward step."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        self.policy, self.state_size = policy, policy.state_size
+        self.rows: list[int] = []
+
+    def pack(self) -> None:
+        self.policy.pack()
+
+    def forward_step(self, obs: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.rows.append(len(obs))
+        return self.policy.forward_step(obs, state)
+
+
+@pytest.mark.parametrize("pct", [1.0, 0.75, 0.5, 0.25])
+def test_each_policy_sees_its_own_rows_and_no_more(pct: float) -> None:
+    split = assign(NUM_AGENTS, pct)
+    loop = arena_loop(split)
+    learner = CountingPolicy(loop.mixed.learner)
+    loop.mixed.learner = learner
+    npc = None
+    if loop.mixed.pool is not None:
+        npc = CountingPolicy(loop.mixed.pool.npcs[0].policy)
+        loop.mixed.pool.npcs[0] = Npc(name="npc", policy=npc)
+    loop.collect()
+    horizon = loop.experience.horizon
+    assert learner.rows == [NUM_ENVS * split.num_learner] * (horizon + 1)  # the last is the bootstrap value
+    assert npc is None or npc.rows == [NUM_ENVS * split.num_npc] * horizon
+    assert loop.experience.obs.shape[:2] == (horizon + 1, NUM_ENVS * split.num_learner)
+
+
+class SpoiledNpc(nn.Module):
+    """Acts like the policy inside; its values are NaN and it leaves random bytes in the observations it was given."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        self.policy, self.state_size = policy, policy.state_size
+
+    def pack(self) -> None:
+        self.policy.pack()
+
+    def forward_step(self, obs: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, values, state = self.policy.forward_step(obs, state)
+        obs.random_(0, 256)
+        return logits, torch.full_like(values, torch.nan), state
+
+
+class SpoiledRewards:
+    """An env whose NPC seats are paid NaN."""
+
+    def __init__(self, env: VecEnv, npc_seats: tuple[int, ...]) -> None:
+        self.env, self.spec, self.npc_seats = env, env.spec, list(npc_seats)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.env, name)
+
+    def step(self, actions: Tensor) -> StepResult:
+        result = self.env.step(actions)
+        rewards = result.rewards.clone()
+        rewards[:, self.npc_seats] = torch.nan
+        return StepResult(result.rewards * 0 + rewards, result.dones, result.episode_ends, counters=result.counters)
+
+
+@pytest.mark.parametrize("layout", ["first", "last", "interleaved"])
+def test_nothing_of_the_npc_reaches_the_update(layout: str) -> None:
+    split = assign(NUM_AGENTS, 0.5, layout)
+    plain = arena_loop(split)
+    arena = make_arena(NUM_ENVS, {"episode_steps": 24}, CPU)
+    spoiled = arena_loop(split, env=SpoiledRewards(arena, split.npc_seats))
+    assert spoiled.mixed.pool is not None
+    spoiled.mixed.pool.npcs[0] = Npc(name="npc", policy=SpoiledNpc(spoiled.mixed.pool.npcs[0].policy))
+    start = plain.ppo.parameters.flat.detach().clone()
+    for _ in range(4):
+        plain.iterate(1e-3)
+        spoiled.iterate(1e-3)
+    assert not torch.equal(start, plain.ppo.parameters.flat)
+    assert torch.equal(plain.ppo.parameters.flat, spoiled.ppo.parameters.flat)
+
+
+def test_npc_weights_do_not_change() -> None:
+    loop = arena_loop(assign(NUM_AGENTS, 0.5))
+    assert loop.mixed.pool is not None
+    npc = loop.mixed.pool.npcs[0].policy
+    before = {name: tensor.clone() for name, tensor in npc.state_dict().items()}
+    for _ in range(3):
+        loop.iterate(1e-2)
+    assert not npc.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in npc.state_dict().items())
+    assert all(not parameter.requires_grad and parameter.grad is None for parameter in npc.parameters())
+
+
+class Always(nn.Module):
+    """Takes one action, by its name."""
+
+    def __init__(self, spec: EnvSpec, action: str) -> None:
+        super().__init__()
+        self.state_size = 0
+        self.index, self.num_actions = spec.actions.index(action), len(spec.actions)
+
+    def pack(self) -> None:
+        pass
+
+    def forward_step(self, obs: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = torch.full((len(obs), self.num_actions), -torch.inf)
+        logits[:, self.index] = 0.0
+        return logits, torch.zeros(len(obs)), state
+
+
+class RecordingEnv:
+    """Keeps the actions that every seat took."""
+
+    def __init__(self, env: VecEnv) -> None:
+        self.env, self.spec = env, env.spec
+        self.actions: list[Tensor] = []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.env, name)
+
+    def step(self, actions: Tensor) -> StepResult:
+        self.actions.append(actions.clone())
+        return self.env.step(actions)
+
+
+@pytest.mark.parametrize("layout", ["first", "last", "interleaved", [1, 2, 5]])
+def test_the_npc_acts_on_its_seats(layout: str | list[int]) -> None:
+    split = assign(NUM_AGENTS, 0.375, layout)
+    env = RecordingEnv(make_arena(NUM_ENVS, {}, CPU))
+    loop = arena_loop(split, npc=Always(env.spec, "north"), env=env)
+    loop.collect()
+    taken = torch.stack(env.actions)  # (horizon, num_envs, num_agents)
+    assert (taken[:, :, list(split.npc_seats)] == env.spec.actions.index("north")).all()
+    learner = taken[:, :, list(split.learner_seats)]
+    assert torch.equal(learner.flatten(1), loop.experience.actions)
+    assert len(learner.unique()) == len(env.spec.actions)
+
+
+def test_recurrent_states_are_zero_where_an_episode_began() -> None:
+    split = assign(4, 0.5)
+    loop = make_loop(MemoryTask(6, 4, delay=2), split=split, horizon=8)
+    loop.collect()
+    assert loop.mixed.pool is not None
+    began = loop.experience.dones[-1]
+    assert began.any()
+    assert not began.all()
+    for state, rows in ((loop.mixed.learner_state, began), (loop.mixed.pool.state, began)):
+        assert (state[rows] == 0).all()
+        assert (state[~rows].abs().sum(dim=1) > 0).all()
+
+
+def test_pool_draws_a_new_npc_only_at_an_episode_end() -> None:
+    env = make_arena(64, {"episode_steps": 8, "num_agents": 4}, CPU)
+    split = assign(4, 0.5)
+    loop = make_loop(env, split=split, horizon=40, hidden_size=8)
+    policies = [Always(env.spec, action) for action in ("north", "south", "attack")]
+    pool = NpcPool(
+        [Npc(name=f"npc{i}", policy=policy) for i, policy in enumerate(policies)], num_envs=64, num_npc=2, device=CPU
+    )
+    pool.probabilities.copy_(torch.tensor([0.2, 0.0, 0.8]))
+    recording = RecordingEnv(env)
+    loop.mixed.pool, loop.metrics.pool = pool, pool
+    numbers = loop.mixed.random_numbers(1, 0, 40)
+    collect_rollout(recording, loop.mixed, loop.experience, loop.metrics, numbers)
+    acting = torch.stack(recording.actions)[:, :, list(split.npc_seats)]  # (horizon, num_envs, 2)
+    assert (acting == acting[:, :, :1]).all()  # one NPC an env
+    changed = acting[1:, :, 0] != acting[:-1, :, 0]
+    ends = loop.experience.dones.view(40, 64, 2)[:-1, :, 0]
+    assert changed.any()
+    assert not (changed & ~ends).any()
+    late = acting[9:]
+    assert not (late == env.spec.actions.index("south")).any()  # probability 0
+    share = float((late == env.spec.actions.index("attack")).double().mean())
+    assert 0.7 < share < 0.9
+
+
+def small_config(path: Path, run: str = "small", **trainer: object) -> Config:
+    settings: dict[str, object] = {
+        "total_timesteps": 4096, "horizon": 16, "num_minibatches": 2, "threads": 1, "checkpoint_interval": 2,
+    }  # fmt: skip
+    npc = trainer.pop("npc", PolicySource(uri="builtin://arena/random"))
+    dual = DualPolicyConfig(enabled=True, training_agents_pct=0.5, npc=npc)
+    return Config(
+        run=run,
+        train_dir=path,
+        device="cpu",
+        env=EnvConfig(num_envs=16, args={"episode_steps": 32}),
+        evals=EvalsConfig(episodes=32),
+        trainer=TrainerConfig(**(settings | trainer), dual_policy=dual),
+    )
+
+
+def test_a_run_leaves_everything_in_its_directory(tmp_path: Path) -> None:
+    result = train(small_config(tmp_path), resolved_yaml="run: small\n")
+    run = tmp_path / "small"
+    names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert {
+        "config.yaml", "npc.lock.json", "metrics.jsonl", "timing.jsonl", "result.json",
+        "checkpoints/model_0000.safetensors", "checkpoints/model_0004.safetensors", "checkpoints/latest.safetensors",
+    } <= names  # fmt: skip
+    assert result["agent_step"] == 4096
+    assert result["env_agent_step"] == 8192
+    assert result["evals"][0]["episodes"] == 32
+    assert 0.0 <= result["objective"] <= 1.0
+
+
+def test_a_second_run_trains_against_the_first_ones_checkpoint(tmp_path: Path) -> None:
+    train(small_config(tmp_path, "first"), resolved_yaml="run: first\n")
+    npc = PolicySource(uri=str(tmp_path / "first"))
+    result = train(small_config(tmp_path, "second", npc=npc), resolved_yaml="run: second\n")
+    assert result["npcs"][0]["uri"].endswith("first/checkpoints/model_0004.safetensors")
+    assert len(result["npcs"][0]["sha256"]) == 64
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    return decode_policy(path.read_bytes(), str(path)).tensors
+
+
+def test_a_continued_run_ends_as_if_it_had_never_stopped(tmp_path: Path) -> None:
+    train(small_config(tmp_path, "whole", anneal_lr=False), resolved_yaml="a: 1\n")
+    train(small_config(tmp_path, "parts", anneal_lr=False, total_timesteps=2048), resolved_yaml="a: 1\n")
+    train(small_config(tmp_path, "parts", anneal_lr=False), resolved_yaml="a: 1\n")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    last = "checkpoints/model_0004.safetensors"
+    assert all(torch.equal(tensor, weights(parts / last)[name]) for name, tensor in weights(whole / last).items())
+    assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
+
+
+def test_initial_policy_starts_from_the_checkpoint(tmp_path: Path) -> None:
+    train(small_config(tmp_path, "first"), resolved_yaml="a: 1\n")
+    first = tmp_path / "first" / "checkpoints"
+    config = small_config(tmp_path, "second", initial_policy=PolicySource(uri=str(first / "model_0004.safetensors")))
+    train(config, resolved_yaml="a: 1\n")
+    start, given = (
+        weights(tmp_path / "second/checkpoints/model_0000.safetensors"),
+        weights(first / "model_0004.safetensors"),
+    )
+    assert all(torch.equal(start[name], given[name]) for name in given)
+
+
+def test_builtin_script_as_npc_is_the_script() -> None:
+    env = make_arena(4, {}, CPU)
+    policy = build_policy("random", {}, env.spec.observation_space, env.spec.actions)
+    obs = torch.zeros(8, 128, dtype=torch.uint8)
+    logits, _, _ = policy.forward_step(obs, torch.zeros(8, 0))
+    assert torch.equal(logits, logits[:, :1].expand_as(logits))
