@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import difflib
 import logging
+import math
 import os
 import re
 import sys
@@ -184,7 +185,8 @@ def _train_job(cfg: DictConfig) -> float:
         config = _load_job_config(cfg, hydra.job.num if is_sweep else None)
         from dual_policy_plugin.train import train
 
-        return float(train(config, resolved_yaml=OmegaConf.to_yaml(cfg, resolve=True))["objective"])
+        objective = train(config, resolved_yaml=OmegaConf.to_yaml(cfg, resolve=True)).get("objective")
+        return math.nan if objective is None else float(objective)  # none: no episode ended and none was evaluated
     except DualPolicyError as error:
         show_error(error, job)
         _shown.append(error)

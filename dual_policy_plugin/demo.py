@@ -8,7 +8,8 @@ from pathlib import Path
 
 from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.evaluate import evaluate_checkpoint
-from dual_policy_plugin.train import choose_device, train
+from dual_policy_plugin.parts import choose_device
+from dual_policy_plugin.train import train
 
 OPPONENT = "builtin://arena/medium"
 

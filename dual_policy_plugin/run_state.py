@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from dual_policy_plugin.checkpoint import read_safetensors
-from dual_policy_plugin.errors import RunError
+from dual_policy_plugin.distributed import Ranks, sum_over_ranks
+from dual_policy_plugin.errors import ConfigError, RunError
+from dual_policy_plugin.experience import Experience
+from dual_policy_plugin.learning.ppo import PpoUpdate
+from dual_policy_plugin.npc.resolver import PinnedPolicy
+from dual_policy_plugin.policies.loading import read_description
 from dual_policy_plugin.rollout.episode_metrics import EpisodeMetrics
 from dual_policy_plugin.rollout.mixed_policy import MixedPolicy
-from dual_policy_plugin.types import VecEnv
-
-if TYPE_CHECKING:
-    from dual_policy_plugin.learning.ppo import PpoUpdate
+from dual_policy_plugin.types import EnvSpec, VecEnv
 
 STATE_NAME = "training.safetensors"
 
@@ -37,6 +40,14 @@ class Counters:
     """Steps of all agents, over all ranks."""
     elapsed_s: float = 0.0
     """Wall-clock seconds of training, over all restarts."""
+
+    def add_iteration(self, experience: Experience, spec: EnvSpec, ranks: Ranks) -> None:
+        """Counts a rollout of all ranks; a learner step of weight 0 is none."""
+        weights = experience.weights
+        steps = torch.tensor(float(experience.actions.numel())) if weights is None else weights.sum()
+        self.iteration += 1
+        self.agent_step += int(sum_over_ranks(steps.double().to(experience.actions.device), ranks))
+        self.env_agent_step += experience.horizon * spec.num_envs * spec.num_agents * ranks.world_size
 
 
 def encode_state(counters: Counters, env: VecEnv, mixed: MixedPolicy, ppo: PpoUpdate, metrics: EpisodeMetrics) -> bytes:
@@ -70,6 +81,31 @@ def restore_state(
         env.load_state_dict({name[4:]: tensor for name, tensor in saved.items() if name.startswith("env.")})  # type: ignore[attr-defined]
     counters: dict[str, Any] = json.loads(metadata["counters"])
     return Counters(**counters)
+
+
+def keep_optimizer(pinned: PinnedPolicy, ppo: PpoUpdate) -> None:
+    """Takes Adam's moments from the run that made a checkpoint, for trainer.initial_policy.keep_optimizer.
+
+    Raises:
+        ConfigError: the checkpoint stands in no run directory, or its run has gone on since.
+    """
+    key = f"trainer.initial_policy.keep_optimizer=true with uri={pinned.requested}"
+    path = None if pinned.path is None else pinned.path.parent.parent / "state" / STATE_NAME
+    description = read_description(pinned)
+    if path is None or description is None or not path.is_file():
+        raise ConfigError(
+            f"{key}: the optimizer stands in a run's state/ only; name a checkpoint of a run, or use false"
+        )
+    metadata, saved = read_safetensors(path.read_bytes(), str(path))
+    epoch = json.loads(metadata["counters"])["iteration"]
+    if epoch != description.metadata.get("epoch"):
+        raise ConfigError(
+            f"{key}: the run keeps the optimizer of its newest checkpoint, epoch {epoch}; name that, or use false"
+        )
+    for name, tensor in ppo.adam_state().items():
+        if saved[f"adam.{name}"].shape != tensor.shape:
+            raise ConfigError(f"{key}: its optimizer is of another net; use false")
+        tensor.copy_(saved[f"adam.{name}"])
 
 
 def _live_tensors(mixed: MixedPolicy, ppo: PpoUpdate, metrics: EpisodeMetrics) -> dict[str, Tensor]:

@@ -10,6 +10,10 @@ northerner called 0 to 3 and be lost on the others. So seats are dealt to the ag
 numbers in the observations are zeroed (`agent_numbers: true` keeps them).
 
 Location bytes need no translation: MettaGrid's are row << 4 | column too, with 0xFE for global and 0xFF for padding.
+Features do. A net weighs a feature's vector by the token's value, and MettaGrid numbers what it has names for: an agent
+is a `tag` of value 0, which weighs nothing, an altar half a mine. So each kind of object and each last action is a
+feature of its own with value 1 here (`type:altar`, `last_action:noop`), counts are scaled by their limits, and tokens
+that say nothing in this game (group, vibe) become padding where they stand.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dual_policy_plugin.config import check, check_range
 from dual_policy_plugin.envs.host import HostSpec, Rows
@@ -27,6 +32,10 @@ from dual_policy_plugin.types import ObservationSpace
 
 RESOURCES = ("ore", "heart")
 COUNTERS = {"hearts": "heart.gained", "ore": "ore.gained"}  # our name -> MettaGrid's agent statistic
+COMPLETION, LAST_REWARD, LAST_ACTION, TAG, AGENT_ID = (
+    "episode_completion_pct", "last_reward", "last_action", "tag", "agent_id",
+)  # fmt: skip
+PADDING = 0xFF  # as location, feature and value
 TOKENS_PER_AGENT = 6  # type, group, number, vibe, ore, hearts
 TOKENS_PER_ALTAR = 3  # type, hearts, hearts / 256
 GLOBAL_TOKENS = 3  # time, last action, last reward
@@ -150,6 +159,33 @@ def game_config(config: MettagridConfig) -> Any:
     )
 
 
+def feature_scales(config: MettagridConfig, interface: Any) -> dict[str, float]:
+    """Name -> scale of every feature that an observation here may hold, in their order."""
+    scales = {COMPLETION: 255.0, LAST_REWARD: 100.0}
+    scales |= {f"{LAST_ACTION}:{action}": 1.0 for action in interface.action_names}
+    scales |= dict.fromkeys(interface.tags, 1.0)
+    scales |= {"inv:ore": float(config.ore_limit), "inv:heart": float(max(1, min(config.hearts, 255)))}
+    scales |= {"inv:heart:p1": 1.0}  # hearts / 256
+    return scales | ({AGENT_ID: float(config.num_agents)} if config.agent_numbers else {})
+
+
+def translation(interface: Any, features: tuple[str, ...]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """What MettaGrid's feature and value become, ours both (256 * 256,), at place feature * 256 + value."""
+    number = {name: index for index, name in enumerate(features)}
+    feature_of = np.full((256, 256), PADDING, np.uint8)
+    value_of = np.full((256, 256), PADDING, np.uint8)
+    categories = {
+        TAG: interface.tag_id_to_name,
+        LAST_ACTION: {index: f"{LAST_ACTION}:{name}" for index, name in enumerate(interface.action_names)},
+    }
+    for theirs in interface.obs_features:
+        for value, name in categories.get(theirs.name, {}).items():
+            feature_of[theirs.id, value], value_of[theirs.id, value] = number[name], 1
+        if theirs.name in number:
+            feature_of[theirs.id], value_of[theirs.id] = number[theirs.name], np.arange(256)
+    return feature_of.ravel(), value_of.ravel()
+
+
 class MettagridHost:
     """One game; the simulator writes to its own small buffers, from where seats are dealt to the shared rows."""
 
@@ -159,24 +195,23 @@ class MettagridHost:
 
         self._game = game_config(config)
         interface = PolicyEnvInterface.from_mg_cfg(self._game)
-        features = sorted(interface.obs_features, key=lambda feature: feature.id)
-        assert [feature.id for feature in features] == list(range(len(features)))
+        scales = feature_scales(config, interface)
+        self._feature_of, self._value_of = translation(interface, tuple(scales))
         agents = config.num_agents
         self.spec = HostSpec(
             num_agents=agents,
             observation_space=ObservationSpace(
                 kind="tokens",
                 shape=tuple(interface.observation_shape),
-                features=tuple(feature.name for feature in features),
+                features=tuple(scales),
                 window=(config.window, config.window),
-                scales=tuple(float(feature.normalization) for feature in features),
+                scales=tuple(scales.values()),
             ),
             actions=tuple(interface.action_names),
             max_episode_steps=config.steps,
             counters=tuple(COUNTERS),
         )
         self.agent_of_seat = np.arange(agents)  # which of the simulator's agents a seat plays in this episode
-        self._hidden = None if config.agent_numbers else self.spec.observation_space.features.index("agent_id")
         self._buffers = Buffers(
             observations=np.zeros((agents, *self.spec.observation_space.shape), np.uint8),
             terminals=np.zeros(agents, bool),
@@ -230,6 +265,10 @@ class MettagridHost:
             self.simulation = None
 
     def _deal(self, rows: Rows) -> None:
-        np.take(self._buffers.observations, self.agent_of_seat, axis=0, out=rows.observations)
-        if self._hidden is not None:
-            rows.observations[..., 2][rows.observations[..., 1] == self._hidden] = 0
+        """Observations from the simulator's order of agents and numbers of features to ours."""
+        seen = self._buffers.observations[self.agent_of_seat]  # (num_agents, num_tokens, 3)
+        code = seen[..., 1] * np.uint16(256) + seen[..., 2]  # (num_agents, num_tokens)
+        feature = self._feature_of[code]
+        rows.observations[..., 0] = np.where(feature == PADDING, PADDING, seen[..., 0])
+        rows.observations[..., 1] = feature
+        rows.observations[..., 2] = self._value_of[code]

@@ -13,7 +13,9 @@ from torch import nn
 
 from dual_policy_plugin.checkpoint import PolicyFile, encode_policy
 from dual_policy_plugin.config import AgentConfig
+from dual_policy_plugin.distributed import Ranks, sum_over_ranks
 from dual_policy_plugin.errors import ConfigError
+from dual_policy_plugin.experience import Experience
 from dual_policy_plugin.npc.resolver import PinnedPolicy
 from dual_policy_plugin.policies.binding import BoundPolicy
 from dual_policy_plugin.policies.build import build_policy
@@ -34,6 +36,24 @@ class Learner:
     """The net's own."""
     actions: tuple[str, ...]
     """The net's own."""
+
+    @torch.no_grad()
+    def update_statistics(self, experience: Experience, ranks: Ranks) -> None:
+        """Merges a rollout's observations, of all ranks, into the net's normalization; nothing where it has none."""
+        if not self.normalizes:
+            return
+        obs = experience.obs[:-1]
+        weights = obs.new_ones(obs.shape[:2]) if experience.weights is None else experience.weights
+        weighted = obs * weights.unsqueeze(-1)
+        sums = torch.cat([weights.sum().view(1), weighted.sum(dim=(0, 1)), (weighted * obs).sum(dim=(0, 1))]).double()
+        sums = sum_over_ranks(sums, ranks).float()
+        total, total_square = sums[1:].chunk(2)
+        self.inner.update_statistics(sums[0], total, total_square)  # type: ignore[operator]
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether the net keeps running statistics of its observations."""
+        return self.observation_space.kind == "vector" and hasattr(self.inner, "update_statistics")
 
     def encode(self, metadata: dict[str, Any], *, dtype: torch.dtype = torch.float32) -> bytes:
         """The bytes of a policy file with the present weights, stored in `dtype`."""

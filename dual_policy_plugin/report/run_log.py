@@ -1,34 +1,58 @@
-"""Where a run's figures go: the run directory's files, the panel and W&B. Only the first rank has one that writes."""
+"""Where a run's figures go: the run directory's files, the panel and W&B. Only the first rank has one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from contextlib import ExitStack
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any, Self
 
+from dual_policy_plugin.config import Config
+from dual_policy_plugin.npc.resolver import PinnedPolicy
 from dual_policy_plugin.report.loggers import WandbLogger
 from dual_policy_plugin.report.progress import Progress
 from dual_policy_plugin.run_directory import RunDirectory
 
 
-@dataclass(kw_only=True, slots=True, frozen=True)
 class RunLog:
-    """The outlets of one run."""
+    """The outlets of one run; a context manager around the training loop."""
 
-    run: RunDirectory
-    progress: Progress
-    wandb: WandbLogger
+    def __init__(self, run: RunDirectory, config: Config, pinned: list[PinnedPolicy]) -> None:
+        self._run = run
+        self._wandb = WandbLogger.open(config.wandb, run, name=config.run, run_config=asdict(config))
+        self._progress = Progress(
+            config.run,
+            config.trainer.total_timesteps,
+            npc=pinned[0].requested if pinned else None,
+            digest=pinned[0].sha256 if pinned else None,
+        )
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._stack.enter_context(self._progress)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+        self._wandb.finish(exit_code=int(kind is not None))
 
     def iteration(
         self, iteration: int, metrics: Mapping[str, float], timing: Mapping[str, float], checkpoint: str | None
     ) -> None:
         """Writes one iteration's figures: `metrics` depend on the run alone, `timing` on the clock."""
-        self.run.append_metrics({"iteration": iteration, **metrics})
-        self.run.append_timing({"iteration": iteration, **timing})
-        self.wandb.log({**metrics, **timing}, int(metrics["charts/agent_step"]))
-        self.progress.update(iteration, metrics, timing, checkpoint=checkpoint)
+        self._run.append_metrics({"iteration": iteration, **metrics})
+        self._run.append_timing({"iteration": iteration, **timing})
+        self._wandb.log({**metrics, **timing}, int(metrics["charts/agent_step"]))
+        self._progress.update(iteration, metrics, timing, checkpoint=checkpoint)
+
+    def message(self, text: str) -> None:
+        """Says something to whoever watches."""
+        self._progress.message(text)
 
     def result(self, result: Mapping[str, Any]) -> None:
         """Writes the run's result."""
-        self.run.write_result(result)
-        self.wandb.finish(result)
+        self._run.write_result(result)
+        self._wandb.finish(result)

@@ -8,10 +8,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dual_policy_plugin.checkpoint import decode_policy
-from dual_policy_plugin.config import Config, DualPolicyConfig, EnvConfig, EvalsConfig, PolicySource, TrainerConfig
+from dual_policy_plugin.checkpoint import decode_policy, read_safetensors
+from dual_policy_plugin.config import (
+    AgentConfig,
+    Config,
+    DualPolicyConfig,
+    EnvConfig,
+    EvalsConfig,
+    PolicySource,
+    TrainerConfig,
+)
 from dual_policy_plugin.envs.arena import make_arena
+from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.policies.build import build_policy
+from dual_policy_plugin.policies.learner import Learner
+from dual_policy_plugin.policies.loading import load_policy_from_checkpoint
 from dual_policy_plugin.policies.pool import Npc, NpcPool
 from dual_policy_plugin.rollout.assignment import Assignment, assign
 from dual_policy_plugin.rollout.collector import collect_rollout
@@ -273,3 +284,47 @@ def test_builtin_script_as_npc_is_the_script() -> None:
     obs = torch.zeros(8, 128, dtype=torch.uint8)
     logits, _, _ = policy.forward_step(obs, torch.zeros(8, 0))
     assert torch.equal(logits, logits[:, :1].expand_as(logits))
+
+
+def state_of(run: Path) -> dict[str, Tensor]:
+    path = run / "state" / "training.safetensors"
+    return read_safetensors(path.read_bytes(), str(path))[1]
+
+
+def test_initial_policy_takes_the_optimizer_along_only_where_asked(tmp_path: Path) -> None:
+    train(small_config(tmp_path, "first"), resolved_yaml="a: 1\n")
+    uri = str(tmp_path / "first/checkpoints/model_0004.safetensors")
+    moments = state_of(tmp_path / "first")
+    for keep in (True, False):
+        # a learning rate of 0 and a run that stops at once leave what the start put there
+        source = PolicySource(uri=uri, keep_optimizer=keep)
+        config = small_config(tmp_path, f"second_{keep}", initial_policy=source, learning_rate=0.0, total_timesteps=1)
+        train(config, resolved_yaml="a: 1\n")
+        steps = float(state_of(tmp_path / f"second_{keep}")["adam.step"])
+        assert steps == (float(moments["adam.step"]) if keep else 0.0) + 2.0
+    early = PolicySource(uri=str(tmp_path / "first/checkpoints/model_0000.safetensors"), keep_optimizer=True)
+    with pytest.raises(ConfigError, match=r"keep_optimizer=true .* newest checkpoint, epoch 4"):
+        train(small_config(tmp_path, "third", initial_policy=early), resolved_yaml="a: 1\n")
+
+
+def test_normalization_statistics_travel_in_the_checkpoint(tmp_path: Path) -> None:
+    loop = make_loop(MemoryTask(16, 4, delay=2), agent="mlp")
+    learner = Learner(
+        policy=loop.mixed.learner,
+        inner=loop.mixed.learner,
+        agent=AgentConfig(name="mlp", args={"hidden_size": 32}),
+        observation_space=loop.env.spec.observation_space,
+        actions=loop.env.spec.actions,
+    )
+    for _ in range(2):
+        loop.iterate(1e-3)
+        learner.update_statistics(loop.experience, loop.ranks)
+    path = tmp_path / "policy.safetensors"
+    path.write_bytes(learner.encode({"epoch": 2}))
+    frozen = load_policy_from_checkpoint(str(path))
+    assert float(frozen.encoder.count) == 2 * 16 * 32
+    obs = loop.experience.obs[:-1].flatten(0, 1)
+    torch.testing.assert_close(frozen.encoder.mean, obs.mean(0), rtol=0.2, atol=0.05)  # the second of two rollouts
+    loop.mixed.learner.pack()
+    expected, _, _ = loop.mixed.learner.forward_step(obs, torch.zeros(len(obs), 0))
+    torch.testing.assert_close(frozen.forward_step(obs, torch.zeros(len(obs), 0))[0], expected)

@@ -1,0 +1,186 @@
+"""Everything that a training run is made of, built in order and checked before the first step.
+
+Takes the Config; gives Parts. What is wrong with an NPC, a share, a space or the memory ends the run here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dual_policy_plugin.config import Config
+from dual_policy_plugin.distributed import Ranks, require_same_digests
+from dual_policy_plugin.envs.build import make_env
+from dual_policy_plugin.errors import ConfigError
+from dual_policy_plugin.evaluate import load_opponents
+from dual_policy_plugin.experience import Experience, allocate_experience, experience_bytes
+from dual_policy_plugin.learning.ppo import PpoSettings, PpoUpdate
+from dual_policy_plugin.memory import available_bytes, check_memory
+from dual_policy_plugin.npc.resolver import PinnedPolicy, resolve
+from dual_policy_plugin.policies.build import compute_dtype
+from dual_policy_plugin.policies.learner import Learner, build_learner
+from dual_policy_plugin.policies.npcs import load_npc, pin_npcs
+from dual_policy_plugin.policies.pool import Npc, NpcPool
+from dual_policy_plugin.rollout.assignment import Assignment, assign
+from dual_policy_plugin.rollout.episode_metrics import EpisodeMetrics
+from dual_policy_plugin.rollout.mixed_policy import MixedPolicy
+from dual_policy_plugin.run_state import keep_optimizer
+from dual_policy_plugin.types import EnvSpec, VecEnv
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Parts:
+    """The live objects of one run on one rank."""
+
+    pinned: list[PinnedPolicy]
+    """The NPCs as they were pinned."""
+    env: VecEnv
+    assignment: Assignment
+    learner: Learner
+    opponents: list[Npc]
+    """Whom the learner is evaluated against."""
+    mixed: MixedPolicy
+    metrics: EpisodeMetrics
+    experience: Experience
+    ppo: PpoUpdate
+
+
+def build_parts(
+    config: Config,
+    run_path: Path | None,
+    ranks: Ranks,
+    device: torch.device,
+    make_host: Callable[..., Any] | None,
+    stack: ExitStack,
+) -> Parts:
+    """Builds a run: who plays, where and on which seats, who learns, and what a rollout needs.
+
+    Args:
+        config: the run.
+        run_path: its directory, for the NPC lock; None on ranks that do not own it.
+        ranks: who we are.
+        device: where everything lives.
+        make_host: a user's own env, as for `train`.
+        stack: closes the env.
+
+    Raises:
+        DualPolicyError: whatever would go wrong later.
+    """
+    trainer, dual = config.trainer, config.trainer.dual_policy
+    dtype = compute_dtype(trainer.precision, device)
+
+    # who plays: text -> pinned, verified bytes, the same on every rank
+    sources = [dual.npc] if dual.npc is not None else []
+    pinned = pin_npcs(sources, run_path)
+    require_same_digests([npc.sha256 for npc in pinned], ranks, device)
+
+    # where they play, and on which seats
+    num_envs, first_env = config.env.num_envs, ranks.rank * config.env.num_envs
+    env = stack.enter_context(
+        closing(
+            make_env(
+                config.env, device=device, num_workers=trainer.num_workers, first_env=first_env, make_host=make_host
+            )
+        )
+    )
+    spec = env.spec
+    assignment = assign(spec.num_agents, dual.training_agents_pct if dual.enabled else 1.0, dual.assignment)
+    npcs = [
+        load_npc(source, pin, spec, config.agent, dtype=dtype, device=device)
+        for source, pin in zip(sources, pinned, strict=True)
+    ]
+    opponents = load_opponents(config, npcs, spec, dtype=dtype, device=device)
+
+    # who learns
+    initial = trainer.initial_policy
+    initial_pin = resolve(initial.uri) if initial else None
+    learner = build_learner(
+        config.agent,
+        spec,
+        seed=config.seed,
+        initial=initial_pin,
+        initial_agent=initial.agent if initial else None,
+        dtype=dtype,
+        device=device,
+    )
+    num_rows = num_envs * assignment.num_learner
+    _check_fits(config, spec, num_rows, learner, device)
+
+    # what a rollout and an update need, allocated once
+    pool = NpcPool(npcs, num_envs=num_envs, num_npc=assignment.num_npc, device=device) if npcs else None
+    mixed = MixedPolicy(learner.policy, pool, assignment, spec, device)
+    settings = PpoSettings(**{field.name: getattr(trainer, field.name) for field in fields(PpoSettings)})
+    ppo = PpoUpdate(
+        learner.policy, settings, betas=(trainer.adam_beta1, trainer.adam_beta2), eps=trainer.adam_eps, ranks=ranks
+    )
+    if initial and initial.keep_optimizer and initial_pin:
+        keep_optimizer(initial_pin, ppo)
+    facts = {
+        "num_envs": num_envs,
+        "policy_a_agents": assignment.num_learner,
+        "npc_agents": assignment.num_npc,
+        "policy_a_seats": list(assignment.learner_seats),
+        "npc_seats": list(assignment.npc_seats),
+        "npcs": {npc.name: f"{npc.uri} sha256:{npc.sha256[:12]}" for npc in pinned},
+    }
+    log.info("Dual-policy system initialized: %s", facts)
+    return Parts(
+        pinned=pinned,
+        env=env,
+        assignment=assignment,
+        learner=learner,
+        opponents=opponents,
+        mixed=mixed,
+        metrics=EpisodeMetrics(spec, assignment, pool, device, count_first=False, count_later=True),
+        experience=allocate_experience(
+            spec, horizon=trainer.horizon, num_rows=num_rows, state_size=mixed.learner_state.shape[1], device=device
+        ),
+        ppo=ppo,
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `device=` names; auto takes CUDA where there is one.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={name} is not possible here; use auto, cpu or cuda") from error
+    return device
+
+
+def _check_fits(config: Config, spec: EnvSpec, num_rows: int, learner: Learner, device: torch.device) -> None:
+    """Compares an estimate of the run's memory with what is free, before anything big is allocated."""
+    horizon, minibatches = config.trainer.horizon, config.trainer.num_minibatches
+    if num_rows < minibatches:
+        raise ConfigError(f"trainer.num_minibatches={minibatches} is more than the {num_rows} learner rows; use fewer")
+    state_size = int(learner.policy.state_size)  # type: ignore[arg-type]
+    num_parameters = sum(parameter.numel() for parameter in learner.policy.parameters())
+    needs = {
+        "experience": experience_bytes(spec, horizon=horizon, num_rows=num_rows, state_size=state_size),
+        # what a minibatch keeps for its backward pass: about 16 float32 per hidden unit and step
+        "update": horizon * -(-num_rows // minibatches) * max(state_size, 256) * 16 * 4,
+        "policies": num_parameters * 4 * 6,  # parameters, gradients, two moments, packed copies
+    }
+    check_memory(
+        needs,
+        available_bytes(device),
+        str(device),
+        num_envs=config.env.num_envs,
+        horizon=horizon,
+        per_step=("experience", "update"),
+    )
