@@ -143,7 +143,7 @@ def read_safetensors(data: bytes, where: str) -> tuple[dict[str, str], dict[str,
         if begin != position:
             _fail(where, f"tensor {short(name)} starts at byte {begin} of the data, expected {position}")
         if end > len(data) - start:
-            _fail(where, f"it is cut short: tensor {short(name)} ends at byte {start + end} of {len(data)}")
+            _fail(where, f"it is cut short: tensor {short(name)} ends at byte {start + end} of {len(data)}; copy it again")
         tensors[name] = _copy_tensor(data, start + begin, start + end, dtype, shape)
         position = end
     if start + position != len(data):
@@ -155,14 +155,14 @@ def read_safetensors(data: bytes, where: str) -> tuple[dict[str, str], dict[str,
 def _read_header(data: bytes, where: str) -> tuple[int, dict[str, Any]]:
     """Where the tensors' bytes start, and the parsed header."""
     if len(data) < 10:
-        _fail(where, f"{len(data)} bytes are too few for a policy file")
+        _fail(where, f"{len(data)} bytes are too few for a policy file; copy it again")
     size = int.from_bytes(data[:8], "little")
     if data[8:9] != b"{":
         _fail(where, "it is no .safetensors file: no header stands at its beginning")
     if size > MAX_HEADER_BYTES:
         _fail(where, f"its header claims {size} bytes, the bound is {MAX_HEADER_BYTES}")
     if 8 + size > len(data):
-        _fail(where, f"it is cut short: its header claims {size} bytes, the file has {len(data)} in all")
+        _fail(where, f"it is cut short: its header claims {size} bytes, the file has {len(data)} in all; copy it again")
     return 8 + size, _parse_json(data[8 : 8 + size], "its header", where)
 
 
@@ -229,7 +229,7 @@ def check_tensors(tensors: dict[str, Tensor], where: str) -> None:
         else:  # aminmax hands NaN and infinity on and needs no memory
             is_sound = all(math.isfinite(bound) for bound in tensor.detach().aminmax())
         if not is_sound:
-            _fail(where, f"tensor {short(name)} holds values that are not finite (NaN or infinity)")
+            _fail(where, f"tensor {short(name)} holds values that are not finite (NaN or infinity); take an earlier checkpoint")
 
 
 def check_space(space: ObservationSpace, where: str) -> None:

@@ -137,12 +137,13 @@ def run_demo(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="dual-policy demo", description="Trains against builtin://arena/medium.")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--train-dir", type=Path, default=Path("train_dir"), help="where runs stand (train_dir)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for `dual-policy train`")
     args = _parse(parser, words)
     configure_logging()
 
     from dual_policy_plugin.demo import demo
 
-    return demo(args.seed, args.train_dir)
+    return demo(args.seed, args.train_dir, args.overrides)
 
 
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
@@ -186,7 +187,7 @@ def _train_job(cfg: DictConfig) -> float:
         from dual_policy_plugin.train import train
 
         objective = train(config, resolved_yaml=OmegaConf.to_yaml(cfg, resolve=True)).get("objective")
-        return math.nan if objective is None else float(objective)  # none: no episode ended and none was evaluated
+        return math.nan if objective is None else float(objective)  # no objective: another rank has the result
     except DualPolicyError as error:
         show_error(error, job)
         _shown.append(error)

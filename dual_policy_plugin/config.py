@@ -22,7 +22,11 @@ def check(condition: bool, key: str, value: object, right: str) -> None:
 
 def check_range(key: str, value: float, low: float, high: float) -> None:
     """Raises a ConfigError unless low <= value <= high and value is a finite number."""
-    check(math.isfinite(value) and low <= value <= high, key, value, f"use a value from {low:g} to {high:g}")
+    check(math.isfinite(value) and low <= value <= high, key, value, f"use a value from {_show(low)} to {_show(high)}")
+
+
+def _show(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -116,6 +120,7 @@ class TrainerConfig:
         for name in ("target_kl", "threads", "evaluate_interval"):
             value = getattr(self, name)
             check(value is None or value > 0, f"trainer.{name}", value, "use a value above 0, or null")
+        check(self.threads is None or self.threads <= 1024, "trainer.threads", self.threads, "use 1024 at most, or null")
         check(self.precision in ("auto", "fp32", "bf16"), "trainer.precision", self.precision, "use auto, fp32 or bf16")
 
 
@@ -191,3 +196,5 @@ class Config:
 
     def __post_init__(self) -> None:
         check_range("seed", self.seed, 0, 2**31 - 1)
+        is_inside = bool(Path(self.run).parts) and not Path(self.run).is_absolute() and ".." not in Path(self.run).parts
+        check(is_inside, "run", self.run, "use the name of a folder inside train_dir, for example my_experiment")

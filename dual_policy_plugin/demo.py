@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -14,15 +15,16 @@ from dual_policy_plugin.train import train
 OPPONENT = "builtin://arena/medium"
 
 
-def demo(seed: int | None, train_dir: Path) -> int:
+def demo(seed: int | None, train_dir: Path, overrides: Sequence[str] = ()) -> int:
     """Runs the demo and prints its one line; gives 0.
 
     Args:
         seed: of the run; None: 1.
         train_dir: the run's directory is made under `train_dir`/demo, named by the time of day.
+        overrides: further words for the config, as for `dual-policy train`.
     """
     run = f"demo/{datetime.now():%Y%m%d-%H%M%S}"
-    words = ["+user=demo", f"run={run}", f"seed={1 if seed is None else seed}", f"train_dir='{train_dir}'"]
+    words = ["+user=demo", f"run={run}", f"seed={1 if seed is None else seed}", f"train_dir='{train_dir}'", *overrides]
     config, resolved_yaml = compose_config(words)
     started = time.perf_counter()
     result = train(config, resolved_yaml=resolved_yaml)

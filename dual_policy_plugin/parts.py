@@ -157,9 +157,18 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name} is not known; use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={name} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        there = torch.cuda.device_count()
+        raise ConfigError(f"device={name} is not there, torch sees {there} CUDA devices; use auto or cpu")
+    try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={name} is not possible here; use auto, cpu or cuda") from error
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device={name} does not work here ({reason}); use auto or cpu") from error
     return device
 
 

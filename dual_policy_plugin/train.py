@@ -6,6 +6,7 @@ Config -> parts (NPCs pinned, verified, loaded; env, learner, seats) -> resume
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from dual_policy_plugin.config import Config, TrainerConfig
 from dual_policy_plugin.distributed import join_ranks, leave_ranks
 from dual_policy_plugin.evaluate import as_metrics, evaluate
 from dual_policy_plugin.evaluation.matches import MatchResult
+from dual_policy_plugin.files import read_lines
 from dual_policy_plugin.parts import Parts, build_parts, choose_device
 from dual_policy_plugin.report.iteration import Score, iteration_figures, iteration_timing
 from dual_policy_plugin.report.run_log import RunLog
@@ -54,7 +56,7 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
         env.reset(config.seed, stagger=True)
         counters = _resume(run, parts) if run else Counters()
         log = stack.enter_context(RunLog(run, config, parts.pinned)) if run else None
-        score, figures = Score(trainer.best_metric), dict[str, float]()
+        score, figures = Score(trainer.best_metric), _last_figures(run) if run else {}
         start_rollouts(env, mixed, experience)
         while counters.agent_step < trainer.total_timesteps:
             started = time.perf_counter()
@@ -105,6 +107,12 @@ def _resume(run: RunDirectory, parts: Parts) -> Counters:
     counters = restore_state(saved, where, parts.env, parts.mixed, parts.ppo, parts.metrics)
     run.truncate_metrics(counters.iteration)
     return counters
+
+
+def _last_figures(run: RunDirectory) -> dict[str, float]:
+    """The newest line of metrics.jsonl; empty in a new run."""
+    lines = read_lines(run.path / "metrics.jsonl")
+    return {name: value for name, value in json.loads(lines[-1]).items() if name != "iteration"} if lines else {}
 
 
 def _learning_rate(trainer: TrainerConfig, agent_step: int) -> float:

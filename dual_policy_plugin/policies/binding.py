@@ -108,6 +108,11 @@ def bind_policy(
     Raises:
         SpacesError: the sets of names, the kind, the shape or the dtype differ.
     """
+    if own_space.kind != env_space.kind:  # then nothing else agrees either
+        raise SpacesError(
+            f"{where} does not fit the env: its observations are {_show(own_space)}, "
+            f"the env's {_show(env_space)}; take a policy made for this env"
+        )
     if differences := _differences(own_space, own_actions, env_space, env_actions):
         raise SpacesError(f"{where} does not fit the env: {'; '.join(differences)}; take a policy made for this env")
     columns = codes = action_columns = None
@@ -155,7 +160,6 @@ def _differences(
 ) -> list[str]:
     """What keeps a policy from being bound, in words; empty if nothing does."""
     pairs = (
-        ("observation kind", own.kind, env.kind),
         ("dtype", own.dtype, env.dtype),
         ("shape", own.shape, env.shape),
         ("window", own.window, env.window),
@@ -174,6 +178,10 @@ def _differences(
         if only_theirs := [name for name in theirs if name not in set(mine)]:
             found.append(f"only the env has the {what} {_few(only_theirs)}")
     return found
+
+
+def _show(space: ObservationSpace) -> str:
+    return f"{space.kind} {space.dtype} {space.shape}"
 
 
 def _few(names: list[str]) -> str:

@@ -8,6 +8,7 @@ path that stands in a config or a checkpoint.
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
@@ -51,10 +52,24 @@ def build_policy(
         ConfigError: unknown name, or arguments that the architecture does not take.
     """
     constructor = architecture(name)
+    _check_args(name, args, constructor)
     try:
         return constructor(observation_space, actions, **args)
     except TypeError as error:
         raise ConfigError(f"agent={name} does not take {args}: {error}") from error
+
+
+def _check_args(name: str, args: dict[str, Any], constructor: Callable[..., nn.Module]) -> None:
+    """Raises a ConfigError for an argument that the constructor has no parameter for, naming the nearest one."""
+    parameters = list(inspect.signature(constructor).parameters.values())[2:]  # after observation space and actions
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = [parameter.name for parameter in parameters]
+    for key, value in args.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean agent.{near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
+            raise ConfigError(f"agent.{key}={value!r} is no setting of agent={name}; {hint}")
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:

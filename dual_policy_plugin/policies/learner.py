@@ -20,6 +20,7 @@ from dual_policy_plugin.npc.resolver import PinnedPolicy
 from dual_policy_plugin.policies.binding import BoundPolicy
 from dual_policy_plugin.policies.build import build_policy
 from dual_policy_plugin.policies.loading import load_policy, read_description
+from dual_policy_plugin.policies.scripted import SCRIPTED
 from dual_policy_plugin.types import EnvSpec, ObservationSpace
 
 
@@ -98,6 +99,12 @@ def build_learner(
         ConfigError: unknown architecture or arguments.
         CheckpointError: the checkpoint cannot be read or does not fit.
     """
+    if agent.name in SCRIPTED:
+        raise ConfigError(f"agent={agent.name} is a script, which cannot learn; use agent=fast or agent=mlp")
+    if initial is not None and initial.script is not None:
+        raise ConfigError(
+            f"trainer.initial_policy.uri={initial.requested} is a script without weights; name a checkpoint, or null"
+        )
     torch.manual_seed(seed)
     space, actions = spec.observation_space, spec.actions
     if initial is None:

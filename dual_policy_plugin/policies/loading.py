@@ -23,7 +23,7 @@ from dual_policy_plugin.checkpoint import (
     read_safetensors,
     short,
 )
-from dual_policy_plugin.errors import CheckpointError, ConfigError
+from dual_policy_plugin.errors import CheckpointError, ConfigError, SpacesError
 from dual_policy_plugin.files import publish
 from dual_policy_plugin.npc.resolver import PinnedPolicy, read_verified, resolve
 from dual_policy_plugin.policies.binding import BoundPolicy, bind_policy
@@ -61,7 +61,10 @@ def load_policy(
         NpcError: the bytes are gone, or others than those that were pinned (DigestError).
     """
     if pinned.script is not None:
-        policy = build_policy(pinned.script, {}, observation_space, actions)
+        try:
+            policy = build_policy(pinned.script, {}, observation_space, actions)
+        except SpacesError as error:
+            raise SpacesError(f"{pinned.uri} does not fit the env: {error}; take a policy made for this env") from error
     else:
         data = read_verified(pinned)
         if _is_safetensors(data, pinned):

@@ -13,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dual_policy_plugin.config import check
 from dual_policy_plugin.policies.encoders import Pack, VectorEncoder, build_encoder
 from dual_policy_plugin.policies.lstm import lstm_cell, lstm_segment
 from dual_policy_plugin.types import ObservationSpace
+
+MAX_HIDDEN_SIZE = 8192
 
 
 class _Net(nn.Module):
@@ -23,6 +26,9 @@ class _Net(nn.Module):
 
     def __init__(self, space: ObservationSpace, actions: tuple[str, ...], hidden_size: int) -> None:
         super().__init__()
+        right = f"use a whole number from 1 to {MAX_HIDDEN_SIZE}"
+        check(type(hidden_size) is int, "agent.hidden_size", hidden_size, right)
+        check(1 <= hidden_size <= MAX_HIDDEN_SIZE, "agent.hidden_size", hidden_size, right)
         self.hidden_size = hidden_size
         self.num_actions = len(actions)
         self.compute_dtype = torch.float32

@@ -23,19 +23,21 @@ LOCK_NAME = "npc.lock.json"
 log = logging.getLogger(__name__)
 
 
-def pin_npcs(sources: Sequence[PolicySource], run_path: Path | None, *, is_new: bool = False) -> list[PinnedPolicy]:
-    """The pinned policies of a run: by its lock where it has one, else resolved now and locked.
+def pin_npcs(sources: Sequence[PolicySource], run_path: Path | None) -> list[PinnedPolicy]:
+    """The pinned policies of a run: by its lock where it has begun, else resolved now and locked.
+
+    A lock in a run without a checkpoint is of a start that failed, perhaps by this very NPC: it is made again.
 
     Args:
         sources: the NPCs of the config.
         run_path: the run directory; None where another rank owns it: then nothing is written.
-        is_new: nothing was trained yet, so a lock that stands there is of a start that failed, and is replaced.
 
     Raises:
         NpcError: an NPC cannot be had, or is not the one that the run began with.
     """
     path = None if run_path is None else run_path / LOCK_NAME
-    if path is not None and path.exists() and not is_new:
+    has_begun = run_path is not None and any((run_path / "checkpoints").glob("model_*.safetensors"))
+    if path is not None and path.exists() and has_begun:
         lock = read_lock(path)
         return [pin_locked(lock, source.uri) for source in sources]
     pinned = [resolve(source.uri) for source in sources]

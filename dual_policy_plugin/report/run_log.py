@@ -53,6 +53,12 @@ class RunLog:
         self._progress.message(text)
 
     def result(self, result: Mapping[str, Any]) -> None:
-        """Writes the run's result."""
+        """Writes the run's result and says what it came to."""
         self._run.write_result(result)
+        for match in result["evals"]:
+            self.message(
+                f"win rate against {match['opponent']} {match['win_rate']:.3f} "
+                f"[{match['low']:.3f}, {match['high']:.3f}] over {match['episodes']} episodes"
+            )
+        self.message(f"result: {self._run.path / 'result.json'}")
         self._wandb.finish(result)

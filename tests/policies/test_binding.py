@@ -171,7 +171,7 @@ def test_padding_tokens_stay_padding() -> None:
         ),
         (replace(WINDOW, shape=(40,)), ACTIONS, "its shape is (32,), the env's (40,)"),
         (replace(WINDOW, window=(3, 3)), ACTIONS, "its window is (5, 5), the env's (3, 3)"),
-        (VECTOR, ACTIONS, "kind is window, the env's vector; its dtype is uint8, the env's float32"),
+        (VECTOR, ACTIONS, "its observations are window uint8 (32,), the env's vector float32 (4,); take"),
     ],
 )
 def test_other_names_are_an_error_that_lists_them(
