@@ -163,7 +163,7 @@ def _not_in_struct(match: re.Match[str], overrides: list[str], error: Exception)
     key = match[1]
     near = nearest_key(key, sorted({*known_keys(), *_composed_keys()}))
     hint = f"did you mean {near}?" if near else "`--cfg job` lists all keys"
-    if near is None and key.startswith(("env.", "agent.")) and key.count(".") == 1:
+    if key.startswith(("env.", "agent.")) and key.count(".") == 1:
         hint += f" (a setting that the config does not list is added with a plus: +{key}=...)"
     return f"{key} is not a known key; {hint}"
 

@@ -32,13 +32,11 @@ from dual_policy_plugin.types import ObservationSpace
 
 RESOURCES = ("ore", "heart")
 COUNTERS = {"hearts": "heart.gained", "ore": "ore.gained"}  # our name -> MettaGrid's agent statistic
-COMPLETION, LAST_REWARD, LAST_ACTION, TAG, AGENT_ID = (
-    "episode_completion_pct", "last_reward", "last_action", "tag", "agent_id",
-)  # fmt: skip
+COMPLETION, LAST_ACTION, TAG, AGENT_ID = "episode_completion_pct", "last_action", "tag", "agent_id"
 PADDING = 0xFF  # as location, feature and value
 TOKENS_PER_AGENT = 6  # type, group, number, vibe, ore, hearts
 TOKENS_PER_ALTAR = 3  # type, hearts, hearts / 256
-GLOBAL_TOKENS = 3  # time, last action, last reward
+GLOBAL_TOKENS = 2  # time, last action
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -115,7 +113,7 @@ def game_config(config: MettagridConfig) -> Any:
     from mettagrid.config import action_config as actions
     from mettagrid.config import handler_config as handlers
     from mettagrid.config import mettagrid_config as grid
-    from mettagrid.config.obs_config import ObsConfig
+    from mettagrid.config.obs_config import GlobalObsConfig, ObsConfig
     from mettagrid.config.reward_config import inventoryReward
     from mettagrid.mapgen.mapgen import MapGenConfig
     from mettagrid.mapgen.scenes.random import RandomConfig
@@ -141,7 +139,10 @@ def game_config(config: MettagridConfig) -> Any:
             episode_truncates=True,
             resource_names=list(RESOURCES),
             obs=ObsConfig(
-                width=config.window, height=config.window, num_tokens=config.num_tokens or tokens_needed(config)
+                width=config.window,
+                height=config.window,
+                num_tokens=config.num_tokens or tokens_needed(config),
+                global_obs=GlobalObsConfig(last_reward=False),  # here it would always be 0
             ),
             actions=actions.ActionsConfig(
                 noop=actions.NoopActionConfig(),
@@ -161,7 +162,7 @@ def game_config(config: MettagridConfig) -> Any:
 
 def feature_scales(config: MettagridConfig, interface: Any) -> dict[str, float]:
     """Name -> scale of every feature that an observation here may hold, in their order."""
-    scales = {COMPLETION: 255.0, LAST_REWARD: 100.0}
+    scales = {COMPLETION: 255.0}
     scales |= {f"{LAST_ACTION}:{action}": 1.0 for action in interface.action_names}
     scales |= dict.fromkeys(interface.tags, 1.0)
     scales |= {"inv:ore": float(config.ore_limit), "inv:heart": float(max(1, min(config.hearts, 255)))}

@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import weakref
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,7 @@ class WorkerVecEnv:
         self.spec = _env_spec(host_spec, name, num_envs)
         self._local = self._shared if self._device.type == "cpu" else _copies(self._shared, self._device)
         self._result = self._make_result()
+        self._known_seats: deque[tuple[Tensor, slice | Tensor]] = deque(maxlen=8)
 
     def reset(self, seed: int, *, stagger: bool = False) -> None:
         """Starts episode 0 in every env; with `stagger` env i's is cut after (i + 1) / num_envs of the longest one."""
@@ -149,20 +151,34 @@ class WorkerVecEnv:
 
     def observe(self, seats: Tensor, out: Tensor) -> None:
         """Writes the observations of `seats` (num_seats,) into `out` (num_envs * num_seats, *shape), env-major."""
+        observations, columns = self._shared["observations"], self._columns(seats)
         shape = (self.spec.num_envs, seats.shape[0], *self.spec.observation_space.shape)
-        if out.device.type == "cpu":
-            torch.index_select(self._shared["observations"], 1, seats, out=out.view(shape))
+        if isinstance(columns, slice) or out.device.type != "cpu":
+            out.view(shape).copy_(observations[:, columns])
         else:
-            out.view(shape).copy_(self._shared["observations"].index_select(1, seats.cpu()))
+            torch.index_select(observations, 1, columns, out=out.view(shape))
 
     def observe_final(self, seats: Tensor, out: Tensor) -> None:
         """Writes the final observations of rows that the last step truncated; other rows of `out` stay."""
-        seats = seats.cpu()
-        is_truncated = self._shared["truncated"].index_select(1, seats)  # (num_envs, num_seats)
+        columns = self._columns(seats)
+        is_truncated = self._shared["truncated"][:, columns]  # (num_envs, num_seats)
+        if not is_truncated.any():
+            return
         env, seat = is_truncated.nonzero(as_tuple=True)
-        if env.numel():
-            final = self._shared["final_observations"][env, seats[seat]]
-            out[(env * seats.shape[0] + seat).to(out.device)] = final.to(out.device)
+        final = self._shared["final_observations"][:, columns][env, seat]
+        out[(env * seats.shape[0] + seat).to(out.device)] = final.to(out.device)
+
+    def _columns(self, seats: Tensor) -> slice | Tensor:
+        """`seats` as an index of the shared block: a slice where they are a range. Remembered: callers keep theirs."""
+        for known, columns in self._known_seats:
+            if known is seats:
+                return columns
+        numbers = seats.tolist()
+        first = numbers[0] if numbers else 0
+        is_range = numbers == list(range(first, first + len(numbers)))
+        columns = slice(first, first + len(numbers)) if is_range else seats.cpu().clone()
+        self._known_seats.append((seats, columns))
+        return columns
 
     def close(self) -> None:
         """Ends the workers; may be called twice."""

@@ -43,9 +43,10 @@ def test_the_spaces_are_named():
     space = host.spec.observation_space
     assert (space.kind, space.window, space.dtype) == ("tokens", (11, 11), "uint8")
     assert space.shape == (tokens_needed(MettagridConfig()), 3)
-    assert {"tag", "inv:ore", "inv:heart", "agent_id"} <= set(space.features)
-    assert len(space.scales) == len(space.features)
-    assert min(space.scales) > 0
+    scales = dict(zip(space.features, space.scales, strict=True))
+    assert {"type:agent", "type:altar", "type:mine", "type:wall", "last_action:noop"} <= set(scales)
+    assert (scales["inv:ore"], scales["inv:heart"], scales["type:agent"]) == (5, 16, 1)  # limit, stock, yes or no
+    assert "agent_id" not in scales
 
 
 def test_each_action_moves_its_own_seat_and_no_other():
@@ -84,22 +85,43 @@ def test_the_seats_that_always_go_north_end_at_the_north_wall():
 def test_a_location_byte_is_row_and_column_of_the_window():
     host = make(0, num_agents=2, size=8, mines=5, altars=3, walls=4)
     _, rows = play(host)
-    tags = {"wall": 3, "mine": 2, "altar": 1}
-    tag = host.spec.observation_space.features.index("tag")
+    features = host.spec.observation_space.features
     for seat, (row, column) in enumerate(places(host)):
         seen = rows.observations[seat]
-        assert set(np.unique(seen[seen[:, 1] == tag][:, 2])) <= {0, 1, 2, 3}
-        for kind, value in tags.items():
-            tokens = seen[(seen[:, 1] == tag) & (seen[:, 2] == value)]
+        for kind in ("wall", "mine", "altar"):
+            tokens = seen[seen[:, 1] == features.index(f"type:{kind}")]
+            assert (tokens[:, 2] == 1).all()
             cells = {(row + (int(where) >> 4) - 5, column + (int(where) & 15) - 5) for where in tokens[:, 0]}
             visible = {cell for cell in things(host, kind) if max(abs(cell[0] - row), abs(cell[1] - column)) <= 5}
             near = {cell for cell in visible if (cell[0] - row) ** 2 + (cell[1] - column) ** 2 <= 25}
             assert near <= cells <= visible, kind  # MettaGrid leaves the corners of the window out
-        # Padding stands at the end, in all three bytes; global tokens at the front.
-        is_padding = seen[:, 0] == PADDING
-        assert (seen[is_padding] == PADDING).all()
-        assert (np.diff(is_padding.astype(int)) >= 0).all()
+        me = seen[(seen[:, 0] == 0x55) & (seen[:, 1] == features.index("type:agent"))]
+        assert me[:, 2].tolist() == [1]  # the centre of the window
+        assert (seen[seen[:, 0] == PADDING] == PADDING).all()
+        assert (seen[seen[:, 0] != PADDING][:, 1] < len(features)).all()
         assert seen[0, 0] == GLOBAL
+
+
+def test_what_an_agent_did_carries_and_got_is_seen_by_name():
+    """One agent between a mine and an altar: its tokens are followed through ore and heart."""
+    host = make(0, num_agents=1, size=3, mines=1, altars=1, walls=0, hearts=2, steps=500)
+    runner, rows = play(host)
+    features = host.spec.observation_space.features
+    generator = np.random.default_rng(1)
+    seen_ore, hearts, acted = set(), 0, 0
+    for _ in range(300):
+        action = int(generator.integers(0, 5))
+        step(runner, rows, action)
+        tokens = {(where, features[name]): value for where, name, value in rows.observations[0].tolist() if name < 255}
+        last = [name for _, name in tokens if name.startswith("last_action:")]
+        assert last in ([f"last_action:{host.spec.actions[action]}"], ["last_action:noop"])  # noop: it was blocked
+        acted += last[0] != "last_action:noop"
+        hearts += int(rows.rewards[0])
+        assert tokens.get((0x55, "inv:heart"), 0) == hearts
+        seen_ore.add(tokens.get((0x55, "inv:ore"), 0))
+    assert acted > 100
+    assert hearts == 2
+    assert seen_ore == {0, 1, 2, 3, 4, 5}
 
 
 def test_ore_becomes_a_heart_and_a_heart_is_the_reward():
@@ -149,13 +171,11 @@ def test_same_seed_same_map_other_seed_other_map():
 
 def test_no_seat_has_its_own_region_and_no_observation_its_number():
     host = quiet(num_agents=4, size=12)
+    assert "agent_id" not in host.spec.observation_space.features
     rows_of_seat = np.zeros(4)
     for seed in range(200):
-        _, rows = play(host, seed=seed)
+        play(host, seed=seed)
         rows_of_seat += [row for row, _ in places(host)]
-        numbers = rows.observations[rows.observations[..., 1] == host._hidden]
-        assert len(numbers) >= 4
-        assert not numbers[:, 2].any()
     # Mean row is 6.5; one seat's mean over 200 maps has a standard error of 3.45 / sqrt(200) = 0.24.
     assert (np.abs(rows_of_seat / 200 - 6.5) < 1.0).all()
 
@@ -187,7 +207,7 @@ def test_tokens_always_suffice(args):
         ({"size": 2}, "env.size=2 is not possible; use a value from 3 to 200"),
         ({"size": 4}, "env.size=4 is not possible; 28 agents and objects do not fit into 16 cells"),
         ({"window": 10}, "env.window=10 is not possible; use an odd number"),
-        ({"num_tokens": 20}, "env.num_tokens=20 is not possible; use at least 100, or null"),
+        ({"num_tokens": 20}, "env.num_tokens=20 is not possible; use at least 99, or null"),
         ({"size": "big"}, "env.size=big is not possible; use a whole number"),
         ({"num_agent": 4}, "env.num_agent is no setting of env.name=mettagrid; did you mean num_agents?"),
     ],
