@@ -143,7 +143,9 @@ def read_safetensors(data: bytes, where: str) -> tuple[dict[str, str], dict[str,
         if begin != position:
             _fail(where, f"tensor {short(name)} starts at byte {begin} of the data, expected {position}")
         if end > len(data) - start:
-            _fail(where, f"it is cut short: tensor {short(name)} ends at byte {start + end} of {len(data)}; copy it again")
+            _fail(
+                where, f"it is cut short: tensor {short(name)} ends at byte {start + end} of {len(data)}; copy it again"
+            )
         tensors[name] = _copy_tensor(data, start + begin, start + end, dtype, shape)
         position = end
     if start + position != len(data):
@@ -229,7 +231,10 @@ def check_tensors(tensors: dict[str, Tensor], where: str) -> None:
         else:  # aminmax hands NaN and infinity on and needs no memory
             is_sound = all(math.isfinite(bound) for bound in tensor.detach().aminmax())
         if not is_sound:
-            _fail(where, f"tensor {short(name)} holds values that are not finite (NaN or infinity); take an earlier checkpoint")
+            _fail(
+                where,
+                f"tensor {short(name)} holds values that are not finite (NaN or infinity); take an earlier checkpoint",
+            )
 
 
 def check_space(space: ObservationSpace, where: str) -> None:

@@ -39,6 +39,9 @@ _shown: list[BaseException] = []  # errors of jobs whose line is already on stde
 def main(argv: list[str] | None = None) -> int:
     """Runs `dual-policy` with `argv` (the words behind the program's name) and returns the exit code."""
     words = sys.argv[1:] if argv is None else argv
+    # Read when torch is imported. Waiting threads sleep instead of spinning: a spinning thread keeps the one it waits
+    # for from its core wherever cores are shared, and made a busy machine ten times slower (docs/log.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _dispatch(words)
     except DualPolicyError as error:

@@ -93,7 +93,7 @@ class TrainerConfig:
     num_workers: int = 2
     """Worker processes of a foreign env; not used by the arena."""
     threads: int | None = None
-    """CPU threads of torch; None: all cores."""
+    """CPU threads of torch; None: the cores that env workers leave."""
     precision: str = "auto"
     """auto | fp32 | bf16: of matrix products; auto takes bf16 where the hardware multiplies it."""
     checkpoint_interval: int = 50
@@ -120,7 +120,9 @@ class TrainerConfig:
         for name in ("target_kl", "threads", "evaluate_interval"):
             value = getattr(self, name)
             check(value is None or value > 0, f"trainer.{name}", value, "use a value above 0, or null")
-        check(self.threads is None or self.threads <= 1024, "trainer.threads", self.threads, "use 1024 at most, or null")
+        check(
+            self.threads is None or self.threads <= 1024, "trainer.threads", self.threads, "use 1024 at most, or null"
+        )
         check(self.precision in ("auto", "fp32", "bf16"), "trainer.precision", self.precision, "use auto, fp32 or bf16")
 
 

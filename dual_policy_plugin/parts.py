@@ -5,6 +5,7 @@ Takes the Config; gives Parts. What is wrong with an NPC, a share, a space or th
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -14,13 +15,13 @@ from typing import Any
 
 import torch
 
-from dual_policy_plugin.config import Config
+from dual_policy_plugin.config import Config, TrainerConfig
 from dual_policy_plugin.distributed import Ranks, require_same_digests
 from dual_policy_plugin.envs.build import make_env
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.evaluate import load_opponents
 from dual_policy_plugin.experience import Experience, allocate_experience, experience_bytes
-from dual_policy_plugin.learning.ppo import PpoSettings, PpoUpdate
+from dual_policy_plugin.learning.ppo import LOSS_NAMES, PpoSettings, PpoUpdate
 from dual_policy_plugin.memory import available_bytes, check_memory
 from dual_policy_plugin.npc.resolver import PinnedPolicy, resolve
 from dual_policy_plugin.policies.build import compute_dtype
@@ -123,6 +124,8 @@ def build_parts(
     )
     if initial and initial.keep_optimizer and initial_pin:
         keep_optimizer(initial_pin, ppo)
+    metrics = EpisodeMetrics(spec, assignment, pool, device, count_first=False, count_later=True)
+    _check_best_metric(trainer.best_metric, metrics, opponents)
     facts = {
         "num_envs": num_envs,
         "policy_a_agents": assignment.num_learner,
@@ -139,7 +142,7 @@ def build_parts(
         learner=learner,
         opponents=opponents,
         mixed=mixed,
-        metrics=EpisodeMetrics(spec, assignment, pool, device, count_first=False, count_later=True),
+        metrics=metrics,
         experience=allocate_experience(
             spec, horizon=trainer.horizon, num_rows=num_rows, state_size=mixed.learner_state.shape[1], device=device
         ),
@@ -170,6 +173,16 @@ def choose_device(name: str) -> torch.device:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"device={name} does not work here ({reason}); use auto or cpu") from error
     return device
+
+
+def _check_best_metric(name: str, metrics: EpisodeMetrics, opponents: list[Npc]) -> None:
+    """A metric that never occurs would never make a checkpoint `best`, and nobody would know why."""
+    default = next(field.default for field in fields(TrainerConfig) if field.name == "best_metric")
+    known = [*metrics.names(), *(f"losses/{loss}" for loss in LOSS_NAMES), "losses/explained_variance"]
+    known += [f"evals/{opponent.name}/{figure}" for opponent in opponents for figure in ("win_rate", "low", "high")]
+    if name not in known and name != default:  # without an NPC there is no win rate, and that is well known
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"trainer.best_metric={name} is no metric of this run; did you mean {near}?")
 
 
 def _check_fits(config: Config, spec: EnvSpec, num_rows: int, learner: Learner, device: torch.device) -> None:

@@ -258,7 +258,7 @@ BAD = [
 def test_a_bad_start(words: list[str], parts: list[str], place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = files_of(place / "train_dir/previous")
     run = [] if any(word.startswith("run=") for word in words) else ["run=bad"]
-    line = error_line(capsys, *ARENA, *run, *words)
+    line = error_line(capsys, *ARENA, f"{TOTAL}={STEPS}", *run, *words)
     for part in parts:
         assert part in line
     assert files_of(place / "train_dir/previous") == before
@@ -330,7 +330,7 @@ def test_a_live_run_is_refused_and_an_interrupted_one_continues(
     program = start_program(*words, f"{TOTAL}={10**9}")
     try:
         await_file(place / "train_dir/live/checkpoints/model_0003.safetensors", program)
-        line = error_line(capsys, *words, f"{TOTAL}={10**9}")
+        line = error_line(capsys, *words, f"{TOTAL}={STEPS}")  # short: it would end at once if it were let in
         assert f"train_dir/live is in use by process {program.pid} on " in line
         assert "wait for it, end it, or use another run= name" in line
         assert program.poll() is None
@@ -457,7 +457,15 @@ def test_a_folder_that_cannot_be_written(place: Path, tmp_path: Path, capsys: py
 
 
 def test_an_env_with_one_agent(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [*TOY, "+env.seats=1", "+dual_policy=checkpoint", f"{URI}=vector.safetensors", "run=alone", f"{PCT}=0.6"]
+    words = [
+        *TOY,
+        f"{TOTAL}={STEPS}",
+        "+env.seats=1",
+        "+dual_policy=checkpoint",
+        f"{URI}=vector.safetensors",
+        "run=alone",
+        f"{PCT}=0.6",
+    ]
     line = error_line(capsys, *words)
     assert f"{PCT}=0.6 leaves no NPC: the env has one agent; use an env with more, or 1.0" in line
     line = error_line(capsys, *words, f"{PCT}=0.4")
@@ -465,7 +473,7 @@ def test_an_env_with_one_agent(place: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_policy_of_another_env(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [*TOY, "+dual_policy=checkpoint", "run=other"]
+    words = [*TOY, f"{TOTAL}={STEPS}", "+dual_policy=checkpoint", "run=other"]
     line = error_line(capsys, *words, f"{URI}=train_dir/previous")
     assert (
         "model_0001.safetensors does not fit the env: its observations are window uint8 (128,), the env's vec" in line

@@ -76,6 +76,12 @@ def make_env(
     )
 
 
+def num_processes(config: EnvConfig, num_workers: int, make_host: Callable[..., Any] | None = None) -> int:
+    """How many worker processes `make_env` would start: none for the arena, else no more than envs."""
+    is_arena = config.name == "arena" and make_host is None
+    return 0 if is_arena else min(num_workers, config.num_envs)
+
+
 def _installed(name: str) -> Callable[..., Any]:
     """The user's `make` behind an installed entry point."""
     found = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}

@@ -90,6 +90,10 @@ class EpisodeMetrics:
                     metrics[f"dual_policy/npc/{npc.name}/win_rate"] = float(row[1] / row[0])
         return metrics
 
+    def names(self) -> list[str]:
+        """What `take` may give once episodes have ended."""
+        return sorted(self._episode_figures(torch.ones(self.sums.shape[1]), self.assignment.num_npc > 0))
+
     def _episode_figures(self, sums: Tensor, has_npc: bool) -> dict[str, float]:
         episodes = float(sums[0])
         if episodes == 0:

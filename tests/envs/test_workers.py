@@ -149,6 +149,28 @@ def test_observations_are_env_major_in_the_order_of_the_seats(build):
     assert result.counters is None
 
 
+@pytest.mark.parametrize("seats", [[0], [2], [0, 1], [1, 2], [0, 1, 2], [0, 2], [2, 1]])
+def test_a_range_of_seats_and_a_list_are_observed_alike(build, seats):
+    """Ranges are copied as slices; every choice is compared with the whole, now and at an episode's final step."""
+    env = build(make_script, num_envs=3)
+    env.reset(1)
+    everybody, chosen = torch.arange(3), torch.tensor(seats)
+    seen_final = 0
+    for time_step in range(1, 7):
+        env.step(torch.tensor([[1, 2, 3], [2, 1, 0], [3, 3, 2]]))
+        whole, part = torch.zeros(9, 3), torch.zeros(3 * len(seats), 3)
+        env.observe(everybody, whole)
+        env.observe(chosen, part)
+        assert torch.equal(part.view(3, len(seats), 3), whole.view(3, 3, 3)[:, seats])
+        whole, part = torch.full((9, 3), -7.0), torch.full((3 * len(seats), 3), -7.0)
+        env.observe_final(everybody, whole)
+        env.observe_final(chosen, part)
+        assert torch.equal(part.view(3, len(seats), 3), whole.view(3, 3, 3)[:, seats])
+        seen_final += int((whole[:, 0] >= 0).sum())
+        assert (whole.view(3, 3, 3)[0, :, 1] == time_step).tolist() == [time_step == 4, False, time_step == 6]
+    assert seen_final == 6  # a in step 4, c in step 6, in three envs
+
+
 def test_a_fixed_action_of_the_npc_seat_is_seen_in_a_puffer_env(build):
     env = build(make_late_puffer, num_envs=2)
     env.reset(1)

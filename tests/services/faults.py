@@ -48,9 +48,11 @@ class Faults:
         self._random = random.Random(seed)
         self._lock = threading.Lock()
 
-    def add(
-        self, match: str, kind: str, *, times: int | None = 1, after: int = 0, probability: float = 1.0
-    ) -> Fault:
+    def reseed(self, seed: int) -> None:
+        """Start the draws of probabilities and bits anew."""
+        self._random = random.Random(seed)
+
+    def add(self, match: str, kind: str, *, times: int | None = 1, after: int = 0, probability: float = 1.0) -> Fault:
         """Plant a fault for requests whose label contains `match`.
 
         Args:

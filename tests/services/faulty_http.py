@@ -21,7 +21,9 @@ from urllib.parse import parse_qs, urlsplit
 from tests.services.faults import Fault, Faults
 
 KEPT_BODY_BYTES = 1 << 16
-OPERATION = re.compile(r"\b(?:query|mutation)\s+(\w+)")
+OPERATION = re.compile(
+    r"(?:\\n|\b)(?:query|mutation) +(\w+)"
+)  # in the JSON text, where a line starts with a literal \\n
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,7 +43,9 @@ class Request:
     @property
     def query(self) -> dict[str, str]:
         """The query's last value for each key."""
-        return {key: values[-1] for key, values in parse_qs(urlsplit(self.target).query, keep_blank_values=True).items()}
+        return {
+            key: values[-1] for key, values in parse_qs(urlsplit(self.target).query, keep_blank_values=True).items()
+        }
 
     @property
     def operation(self) -> str:

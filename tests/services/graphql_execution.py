@@ -1,8 +1,8 @@
 """Answers a GraphQL document from plain dicts: fields, arguments, aliases, fragments, @include and @skip.
 
 There is no schema: an object is a dict from field name to a value or to a function of the field's arguments, with its
-type under `__typename`. A field that the dict lacks is the error that a real server gives for it, so that a client which
-asks for more than the stand-in knows is told so instead of getting a null.
+type under `__typename`. A field that the dict lacks is the error that a real server gives for it, so that a client
+which asks for more than the stand-in knows is told so instead of getting a null.
 """
 
 from __future__ import annotations

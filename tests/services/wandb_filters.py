@@ -1,4 +1,4 @@
-"""The Mongo-like filters and the orders that `wandb.Api().runs` and `.artifacts` send, applied to plain dicts."""
+"""The Mongo-like filters and the orders that `wandb.Api().runs` and `.artifacts` send, applied to runs and versions."""
 
 from __future__ import annotations
 
@@ -7,8 +7,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tests.services.graphql_execution import GraphqlError
+from tests.services.wandb_store import Run
 
 MISSING = object()
+
+RUN_KEYS = {
+    "state": "state",
+    "name": "run_id",
+    "display_name": "display_name",
+    "displayName": "display_name",
+    "created_at": "created_at",
+    "createdAt": "created_at",
+    "heartbeat_at": "heartbeat_at",
+    "group": "group",
+    "jobType": "job_type",
+    "job_type": "job_type",
+}
 
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "$eq": lambda value, wanted: value == wanted,
@@ -72,6 +86,21 @@ def dig(tree: Any, keys: list[str]) -> Any:
             if key in tree:
                 return dig(tree[key], keys[num:])
     return MISSING
+
+
+def run_value(run: Run, key: str) -> Any:
+    """What a filter's or an order's key means for a run; an unknown key is an error, not an empty answer."""
+    head, _, rest = key.partition(".")
+    if head in ("summary_metrics", "summaryMetrics", "summary"):
+        return dig(run.summary, rest.split("."))
+    if head == "config":
+        value = dig(run.config, rest.split("."))
+        return value["value"] if isinstance(value, dict) and "value" in value else value
+    if key == "tags":
+        return run.tags[0] if run.tags else MISSING
+    if key not in RUN_KEYS:
+        raise GraphqlError(f"unknown run key {key!r}", status=400)
+    return getattr(run, RUN_KEYS[key])
 
 
 def _is_ordered(value: Any, wanted: Any) -> bool:

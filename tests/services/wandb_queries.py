@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from tests.services.graphql_execution import GraphqlError, Node, connection
-from tests.services.wandb_filters import MISSING, dig, matches, ordered
+from tests.services.wandb_filters import MISSING, matches, ordered, run_value
 from tests.services.wandb_store import Artifact, Collection, Project, Run, WandbStore
-
-RUN_KEYS = {
-    "state": "state",
-    "name": "run_id",
-    "display_name": "display_name",
-    "displayName": "display_name",
-    "created_at": "created_at",
-    "createdAt": "created_at",
-    "heartbeat_at": "heartbeat_at",
-    "group": "group",
-    "jobType": "job_type",
-    "job_type": "job_type",
-}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,8 +35,8 @@ class Graph:
                 "features": [{"__typename": "Feature", "name": f, "isEnabled": True} for f in sorted(self.features)],
             },
             "entity": lambda name=None: self.entity_node(name or self.viewer),
-            "project": lambda name=None, entityName=None: self.find_project(entityName, name),
-            "model": lambda name=None, entityName=None: self.find_project(entityName, name),
+            "project": self.find_project,
+            "model": self.find_project,
             "artifact": lambda id: self.artifact_node(self.store.artifacts[id]) if id in self.store.artifacts else None,
             "artifactCollection": lambda id: self.collection_node(self.store.find_collection(id)),
             "clientIDMapping": self.client_id_node,
@@ -84,7 +70,6 @@ class Graph:
             "organization": None,
             "user": None,
             "xxhashDigestsEnabled": False,
-            "project": lambda name: self.find_project(name, name),
         }
 
     def client_id_node(self, clientID: str) -> Node | None:  # noqa: N803 (the argument's name in the schema)
@@ -92,9 +77,9 @@ class Graph:
         found = next((a for a in self.store.artifacts.values() if a.client_id == clientID), None)
         return {"__typename": "ClientIDMapping", "serverID": found.id} if found else None
 
-    def find_project(self, entity: str | None, name: str | None) -> Node | None:
+    def find_project(self, name: str | None = None, entityName: str | None = None) -> Node | None:  # noqa: N803
         """The project or None; 403 where the key may not see it."""
-        entity = entity or self.viewer
+        entity = entityName or self.viewer
         if self.is_denied(entity, name or ""):
             raise GraphqlError("permission denied", status=403, code="PERMISSION_ERROR")
         project = self.store.projects.get((entity, name or ""))
@@ -123,7 +108,9 @@ class Graph:
             return node["artifact"] if node else None
 
         def collections(first: int | None = None, after: str | None = None, **_: Any) -> Node:
-            return connection(list(project.collections.values()), first=first, after=after, to_node=self.collection_node)
+            return connection(
+                list(project.collections.values()), first=first, after=after, to_node=self.collection_node
+            )
 
         types = sorted({c.type for c in project.collections.values()})
         return {
@@ -274,7 +261,7 @@ class Graph:
             "digestAlgorithm": None,
             "aliases": aliases,
             "artifacts": artifacts,
-            "artifactMembership": lambda aliasName: self.membership_node(collection, aliasName),
+            "artifactMembership": lambda aliasName: self.membership_node(collection, aliasName),  # noqa: N803
             "latestArtifact": lambda: self.latest_node(collection),
         }
 
@@ -386,23 +373,3 @@ class Graph:
 
         wanted = [name for name in artifact.contents if names is None or name in names]
         return connection(wanted, first=first, after=after, to_node=file_node)
-
-
-def run_value(run: Run, key: str) -> Any:
-    """What a filter's or an order's key means for a run; an unknown key is an error, not an empty answer."""
-    head, _, rest = key.partition(".")
-    if head in ("summary_metrics", "summaryMetrics", "summary"):
-        return dig(run.summary, rest.split("."))
-    if head == "config":
-        value = dig(run.config, rest.split("."))
-        return value["value"] if isinstance(value, dict) and "value" in value else value
-    if key == "tags":
-        return run.tags[0] if run.tags else MISSING
-    if key not in RUN_KEYS:
-        raise GraphqlError(f"unknown run key {key!r}", status=400)
-    return getattr(run, RUN_KEYS[key])
-
-
-def md5_base64(content: bytes) -> str:
-    """The digest that manifests hold."""
-    return base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()

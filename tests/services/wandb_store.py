@@ -246,3 +246,8 @@ class WandbStore:
                 setattr(run, key, value)
         run.heartbeat_at = run.heartbeat_at or run.created_at
         return run, is_new
+
+
+def md5_base64(content: bytes) -> str:
+    """The digest that manifests hold."""
+    return base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()

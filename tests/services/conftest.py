@@ -1,0 +1,3 @@
+"""The loopback services as fixtures."""
+
+from tests.services.fixtures import s3_server, wandb_server  # noqa: F401
