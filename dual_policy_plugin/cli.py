@@ -39,9 +39,10 @@ _shown: list[BaseException] = []  # errors of jobs whose line is already on stde
 def main(argv: list[str] | None = None) -> int:
     """Runs `dual-policy` with `argv` (the words behind the program's name) and returns the exit code."""
     words = sys.argv[1:] if argv is None else argv
-    # Read when torch is imported. Waiting threads sleep instead of spinning: a spinning thread keeps the one it waits
-    # for from its core wherever cores are shared, and made a busy machine ten times slower (docs/log.md).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read when torch is imported. A waiting thread spins for microseconds, not milliseconds, before it sleeps: on cores
+    # that are shared it would keep the thread it waits for from running, ten times slower in all (docs/log.md).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         return _dispatch(words)
     except DualPolicyError as error:

@@ -143,7 +143,10 @@ def _handler_class(server: FaultyHttpServer, answer: Callable[[Request], Respons
                 method=self.command, target=self.path, headers=dict(self.headers.items()), body=self.read_body()
             )
             fault = server.faults.draw(request.label)
-            status, sent = self.serve_with(fault, request)
+            kind = fault.kind if fault else ""
+            response = self.respond(fault, request)
+            length = len(response.body) if response and request.method != "HEAD" else 0
+            # Recorded before it is sent: a client that has its answer finds it counted.
             server.record(
                 Exchange(
                     method=request.method,
@@ -153,38 +156,42 @@ def _handler_class(server: FaultyHttpServer, answer: Callable[[Request], Respons
                     headers=request.headers,
                     body=request.body[:KEPT_BODY_BYTES],
                     num_bytes_received=len(request.body),
-                    num_bytes_sent=sent,
-                    status=status,
-                    fault=fault.kind if fault else "",
+                    num_bytes_sent=length // 2 if kind == "truncate" else length,
+                    status=response.status if response else 0,
+                    fault=kind,
                 )
             )
+            if response is None:
+                self.reset()
+            elif kind in ("truncate", "stall"):
+                self.write_in_halves(response, pause_s=float(fault.argument or 0), stop=kind == "truncate")
+            else:
+                self.write(response)
 
-        def serve_with(self, fault: Fault | None, request: Request) -> tuple[int, int]:
-            """Answer; returns the status (0 where none was sent) and the number of body bytes sent."""
+        def respond(self, fault: Fault | None, request: Request) -> Response | None:
+            """What the fault makes of the answer; None is a reset."""
             kind = fault.kind if fault else ""
             argument = fault.argument if fault else ""
             if kind == "status":
-                return self.write(Response(status=int(argument), body=f"planted {argument}".encode()))
+                return Response(status=int(argument), body=f"planted {argument}".encode())
             if kind == "redirect":
-                return self.write(Response(status=302, headers={"Location": argument}))
+                return Response(status=302, headers={"Location": argument})
             if kind == "reset":
-                return self.reset()
+                return None
             if kind == "slow":
                 time.sleep(float(argument))
             try:
                 response = answer(request)
-            except Exception as error:  # shown to the test by the fixture, and to the client as a 500
+            except Exception as error:  # shown to the test by `close`, and to the client as a 500
                 server.errors.append(error)
-                response = Response(status=500, body=repr(error).encode())
+                return Response(status=500, body=repr(error).encode())
             if kind == "lost":
-                return self.reset()
+                return None
             if kind == "bitflip" and response.body:
                 response.body = server.faults.flip_one_bit(response.body)
             if kind == "wrong_length":
                 response.body = response.body[: len(response.body) // 2]
-            if kind in ("truncate", "stall"):
-                return self.write_in_halves(response, pause_s=float(argument or 0), stop=kind == "truncate")
-            return self.write(response)
+            return response
 
         def read_body(self) -> bytes:
             if "chunked" not in self.headers.get("Transfer-Encoding", ""):
@@ -197,11 +204,10 @@ def _handler_class(server: FaultyHttpServer, answer: Callable[[Request], Respons
                 pass
             return b"".join(chunks)
 
-        def write(self, response: Response) -> tuple[int, int]:
+        def write(self, response: Response) -> None:
             self.write_head(response)
-            body = b"" if self.command == "HEAD" else response.body
-            self.wfile.write(body)
-            return response.status, len(body)
+            if self.command != "HEAD":
+                self.wfile.write(response.body)
 
         def write_head(self, response: Response) -> None:
             self.send_response(response.status)
@@ -211,24 +217,22 @@ def _handler_class(server: FaultyHttpServer, answer: Callable[[Request], Respons
                 self.send_header("Content-Length", str(len(response.body)))
             self.end_headers()
 
-        def write_in_halves(self, response: Response, *, pause_s: float, stop: bool) -> tuple[int, int]:
+        def write_in_halves(self, response: Response, *, pause_s: float, stop: bool) -> None:
             half = len(response.body) // 2
             self.write_head(response)
             self.wfile.write(response.body[:half])
             if stop:
                 self.close_connection = True
-                return response.status, half
+                return
             self.wfile.flush()
             time.sleep(pause_s)
             self.wfile.write(response.body[half:])
-            return response.status, len(response.body)
 
-        def reset(self) -> tuple[int, int]:
+        def reset(self) -> None:
             # Lingering for zero seconds turns the close into an RST.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
             os.close(self.connection.detach())
-            return 0, 0
 
     for method in ("GET", "HEAD", "PUT", "POST", "DELETE", "PATCH", "OPTIONS", "CONNECT"):
         setattr(Handler, f"do_{method}", Handler.serve)
