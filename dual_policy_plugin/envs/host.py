@@ -125,29 +125,6 @@ class EpisodeRunner:
         self._host.start(episode_seed(self._seed, self._env, self._episode), self._rows)
 
 
-def as_host(made: Any, name: str) -> Host:
-    """The host of what a user's `make` gave: a Host itself, a PufferLib-style env or a PettingZoo ParallelEnv."""
-    if hasattr(made, "single_observation_space"):
-        from dual_policy_plugin.envs.puffer import PufferHost
-
-        return PufferHost(made, name)
-    if hasattr(made, "agent_selection"):
-        raise ConfigError(
-            f"env.name={name} makes a turn-based AECEnv; use its parallel_env, or pettingzoo.utils.aec_to_parallel"
-        )
-    if hasattr(made, "possible_agents"):
-        from dual_policy_plugin.envs.pettingzoo import PettingZooHost
-
-        return PettingZooHost(made, name)
-    if hasattr(made, "spec") and hasattr(made, "start") and hasattr(made, "count"):
-        host: Host = made
-        return host
-    raise ConfigError(
-        f"env.name={name} makes a {type(made).__name__}; return a PettingZoo ParallelEnv (possible_agents, reset, "
-        "step) or a PufferLib-style env (single_observation_space, num_agents, reset, step)"
-    )
-
-
 def nearest(key: str, known: list[str]) -> str:
     """The mend for a key that is not known: the closest known one first."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)

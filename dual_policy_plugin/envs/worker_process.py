@@ -23,7 +23,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from dual_policy_plugin.envs.host import EpisodeRunner, Host, HostSpec, as_host, first_cut
+from dual_policy_plugin.envs.adapt import as_host
+from dual_policy_plugin.envs.host import EpisodeRunner, Host, HostSpec, first_cut
 from dual_policy_plugin.envs.shared_rows import map_arrays, rows_of
 from dual_policy_plugin.errors import DualPolicyError, EnvError
 from dual_policy_plugin.types import ObservationSpace

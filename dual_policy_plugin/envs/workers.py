@@ -96,7 +96,7 @@ class WorkerVecEnv:
         """Starts the workers and builds all envs.
 
         Args:
-            make: `make(index, **args)`, at the top of a module; gives one env (see `host.as_host`).
+            make: `make(index, **args)`, at the top of a module; gives one env (see `adapt.as_host`).
             args: its keyword arguments, of JSON types.
             name: the env's name, for `spec` and messages.
             num_envs: how many envs.

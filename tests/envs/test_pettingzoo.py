@@ -8,8 +8,8 @@ import torch
 from toy_envs import Script, Walker, box, discrete, play, step
 
 from dual_policy_plugin.config import EnvConfig
+from dual_policy_plugin.envs.adapt import as_host
 from dual_policy_plugin.envs.build import make_env
-from dual_policy_plugin.envs.host import as_host
 from dual_policy_plugin.envs.pettingzoo import PETTINGZOO_IDS, make
 from dual_policy_plugin.errors import ConfigError, EnvError
 

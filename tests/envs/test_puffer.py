@@ -3,7 +3,7 @@
 import pytest
 from toy_envs import LatePuffer, NativePuffer, play, step
 
-from dual_policy_plugin.envs.host import as_host
+from dual_policy_plugin.envs.adapt import as_host
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.types import ObservationSpace
 

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from dual_policy_plugin.envs.host import EpisodeRunner, as_host
+from dual_policy_plugin.envs.adapt import as_host
+from dual_policy_plugin.envs.host import EpisodeRunner
 from dual_policy_plugin.envs.shared_rows import create_memory, map_arrays, rows_of
 
 
