@@ -186,10 +186,13 @@ class PpoUpdate:
         self.adam.step()
         return means, grad_norm
 
-    @staticmethod
-    def _report(report: Tensor, experience: Experience, targets: _Targets) -> dict[str, Tensor]:
+    def _report(self, report: Tensor, experience: Experience, targets: _Targets) -> dict[str, Tensor]:
         losses = dict(zip(LOSS_NAMES, report, strict=True))
-        # 1 - Var(return - value) / Var(return), over this rank's rows
-        residual = targets.returns - experience.values
-        losses["explained_variance"] = 1.0 - residual.var() / targets.returns.var().clamp(min=1e-8)
+        # 1 - Var(return - value) / Var(return), over the rows of all ranks that acted
+        weights = torch.ones_like(targets.returns) if experience.weights is None else experience.weights
+        both = torch.stack([targets.returns - experience.values, targets.returns]).double() * weights
+        moments = torch.stack([weights.double().sum().expand(2), both.sum(dim=(1, 2)), both.square().sum(dim=(1, 2))])
+        count, total, total_square = sum_over_ranks(moments, self.ranks)
+        variance = total_square / count - (total / count).square()
+        losses["explained_variance"] = (1.0 - variance[0] / variance[1].clamp(min=1e-8)).float()
         return losses

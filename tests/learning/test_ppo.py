@@ -108,6 +108,16 @@ def test_rows_of_weight_zero_do_not_train() -> None:
     assert torch.equal(parameters[0], parameters[1])
 
 
+def test_explained_variance_by_hand() -> None:
+    loop = make_loop(MemoryTask(16, 2, delay=4))
+    loop.collect()
+    targets = prepare_targets(loop.experience, SETTINGS, loop.ranks)
+    residual = targets.returns - loop.experience.values
+    expected = 1.0 - residual.var(unbiased=False) / targets.returns.var(unbiased=False)
+    losses = loop.ppo.update(loop.experience, 0.0)
+    torch.testing.assert_close(losses["explained_variance"], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_parameters_are_views_of_one_tensor() -> None:
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
