@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -328,3 +330,38 @@ def test_normalization_statistics_travel_in_the_checkpoint(tmp_path: Path) -> No
     loop.mixed.learner.pack()
     expected, _, _ = loop.mixed.learner.forward_step(obs, torch.zeros(len(obs), 0))
     torch.testing.assert_close(frozen.forward_step(obs, torch.zeros(len(obs), 0))[0], expected)
+
+
+def lines_of(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_evaluations_inside_a_run_and_the_cost_of_it(tmp_path: Path) -> None:
+    config = replace(small_config(tmp_path, evaluate_interval=2), hourly_cost=3.6)
+    result = train(config, resolved_yaml="a: 1\n")
+    metrics = lines_of(tmp_path / "small" / "metrics.jsonl")
+    assert ["evals/random/win_rate" in line for line in metrics] == [False, True, False, False]  # the end has its own
+    assert metrics[1]["evals/random/episodes"] == 32
+    assert result["evals"][0]["opponent"] == "random"
+    timing = lines_of(tmp_path / "small" / "timing.jsonl")
+    assert all(line["cost/hourly_total"] == 3.6 for line in timing)
+    accrued = [line["cost/accrued_total"] for line in timing]
+    assert accrued == sorted(accrued)
+    assert accrued[-1] == pytest.approx(3.6 / 3600 * result["elapsed_s"], abs=1e-5)
+    assert not any(name.startswith(("cost/", "charts/learner_SPS")) for line in metrics for name in line)
+
+
+def test_every_documented_metric_is_there(tmp_path: Path) -> None:
+    train(small_config(tmp_path), resolved_yaml="a: 1\n")
+    names = set().union(*lines_of(tmp_path / "small" / "metrics.jsonl"))
+    sides = {
+        f"dual_policy/{side}_reward{total}" for side in ("policy_a", "npc", "combined") for total in ("", "_total")
+    }
+    losses = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance", "grad_norm")
+    expected = sides | {f"losses/{name}" for name in losses}
+    expected |= {f"charts/{name}" for name in ("agent_step", "env_agent_step", "epoch", "learning_rate")}
+    expected |= {f"dual_policy/{name}" for name in ("policy_a_agent_count", "npc_agent_count", "win_rate", "episodes")}
+    expected |= {f"env/{side}/{name}" for side in ("policy_a", "npc") for name in ("hearts", "ore")}
+    assert expected <= names
+    timing = set().union(*lines_of(tmp_path / "small" / "timing.jsonl"))
+    assert {"charts/learner_SPS", "charts/env_agent_SPS"} <= timing
