@@ -2,12 +2,13 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: help setup demo test check format bench builtins
+.PHONY: help setup demo test check format bench builtins fuzz
 
 help:
 	@echo "make demo     train against a built-in opponent for a minute and see who wins"
 	@echo "make test     all tests"
 	@echo "make check    format, lint, types, import floors, fast tests"
+	@echo "make fuzz     ten thousand malformed and all hostile policy files"
 	@echo "make bench    speed of env and trainer, as tables"
 
 setup: .venv/.ready
@@ -42,3 +43,8 @@ bench: setup
 
 builtins: setup
 	$(BIN)/python -m benchmarks.make_builtins
+
+fuzz: setup
+	$(BIN)/python -m tests.security.fuzz --count 10000
+	$(BIN)/python -m tests.security.fuzz --count 100 --hidden-size 2304
+	$(BIN)/python -m tests.security.fuzz --hostile

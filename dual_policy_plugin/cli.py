@@ -3,6 +3,8 @@
     dual-policy train [key=value ...]      a Hydra app over `configs/`; `-m` sweeps
     dual-policy import OLD.pt NEW.safetensors
     dual-policy demo
+    dual-policy npc {resolve,inspect,lock,cache} ...
+    dual-policy runs                       the runs of a W&B project and what they published
 
 A mistake of the user ends with one line on stderr and exit code 2; a defect of ours keeps its traceback. Heavy modules
 are imported inside the functions, so that `--help` answers at once.
@@ -21,9 +23,10 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from dual_policy_plugin import __version__
+from dual_policy_plugin.commands.words import parse_words
 from dual_policy_plugin.errors import ConfigError, DualPolicyError
 
 if TYPE_CHECKING:
@@ -116,7 +119,7 @@ def run_import(words: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--agent", default="fast", help="architecture of the state dict (fast)")
     parser.add_argument("--env", default="arena", help="env whose observations and actions it was made for (arena)")
-    args = _parse(parser, words)
+    args = parse_words(parser, words)
 
     import torch
 
@@ -143,7 +146,7 @@ def run_demo(words: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--train-dir", type=Path, default=Path("train_dir"), help="where runs stand (train_dir)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for `dual-policy train`")
-    args = _parse(parser, words)
+    args = parse_words(parser, words)
     configure_logging()
 
     from dual_policy_plugin.demo import demo
@@ -151,10 +154,30 @@ def run_demo(words: list[str]) -> int:
     return demo(args.seed, args.train_dir, args.overrides)
 
 
+def run_npc(words: list[str]) -> int:
+    """`dual-policy npc`: what a URI or a selector names, what a policy file holds, locks and the cache."""
+    configure_logging()
+
+    from dual_policy_plugin.commands.npc import run
+
+    return run(words)
+
+
+def run_runs(words: list[str]) -> int:
+    """`dual-policy runs`: the runs of a W&B project and the URIs of what they published."""
+    configure_logging()
+
+    from dual_policy_plugin.commands.runs import run
+
+    return run(words)
+
+
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (run_train, "train a policy against a frozen one; takes Hydra overrides"),
     "import": (run_import, "turn a .pt state dict into a policy file"),
     "demo": (run_demo, "train against a built-in NPC for a minute and report the win rate"),
+    "npc": (run_npc, "find, pin and look at policies; the cache of those that were fetched"),
+    "runs": (run_runs, "list the runs of a W&B project and the URIs of what they published"),
 }
 
 
@@ -169,9 +192,7 @@ def _dispatch(words: list[str]) -> int:
         print(f"dual-policy {__version__}")
         return 0
     if words[0] not in _COMMANDS:
-        near = difflib.get_close_matches(words[0], _COMMANDS, n=1)
-        if not near and "=" in words[0]:
-            near = ["train"]
+        near = ["train"] if "=" in words[0] else difflib.get_close_matches(words[0], _COMMANDS, n=1)
         hint = f"did you mean `dual-policy {near[0]}`? " if near else ""
         raise ConfigError(f"{words[0]} is not a command; {hint}there are {', '.join(_COMMANDS)}")
     return _COMMANDS[words[0]][0](words[1:])
@@ -183,11 +204,14 @@ def _train_job(cfg: DictConfig) -> float:
     from hydra.types import RunMode
     from omegaconf import OmegaConf
 
+    from dual_policy_plugin.interpolation import keep_requested
+
     hydra = HydraConfig.get()
     is_sweep = hydra.mode == RunMode.MULTIRUN
     job = f"job {hydra.job.num} ({hydra.job.override_dirname}): " if is_sweep else ""
     try:
         configure_logging()  # a launcher may have started us in a process of its own
+        cfg = keep_requested(cfg)
         config = _load_job_config(cfg, hydra.job.num if is_sweep else None)
         from dual_policy_plugin.train import train
 
@@ -220,7 +244,7 @@ def _split_flags(words: list[str], parser: argparse.ArgumentParser) -> tuple[lis
     if "--version" in words:
         return ["--version"], []
     hint = "overrides are written without dashes, for example trainer.horizon=32"
-    args = _parse(parser, words, hint, is_mixed=True)
+    args = parse_words(parser, words, hint, is_mixed=True)
     if args.experimental_rerun is not None:
         raise ConfigError("--experimental-rerun would unpickle a file; run the command again with its overrides")
     flags = list(words)
@@ -229,18 +253,6 @@ def _split_flags(words: list[str], parser: argparse.ArgumentParser) -> tuple[lis
     # Hydra reads run=2025_11_21 as the number 20251121; a run's name stays as it was typed.
     numeric = re.compile(r"(\+{0,2}run)=([+-]?\d[\d_.eE+-]*)")
     return flags, [numeric.sub(r"\1='\2'", word) if numeric.fullmatch(word) else word for word in args.overrides]
-
-
-def _parse(
-    parser: argparse.ArgumentParser, words: list[str], hint: str = "", *, is_mixed: bool = False
-) -> argparse.Namespace:
-    """The parsed words, with a ConfigError in place of argparse's usage text and exit; flags anywhere if `is_mixed`."""
-
-    def fail(message: str) -> NoReturn:
-        raise ConfigError(f"{message}; {hint or f'see `{parser.prog} --help`'}")
-
-    parser.error = fail  # type: ignore[method-assign]
-    return parser.parse_intermixed_args(words) if is_mixed else parser.parse_args(words)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dual_policy_plugin.config import Config
 from dual_policy_plugin.config_loading import known_keys, load_config, nearest_key
 from dual_policy_plugin.errors import ConfigError, DualPolicyError, RunError
+from dual_policy_plugin.interpolation import keep_requested
 
 _PACKAGE = Path(__file__).resolve().parent
 # In a wheel the configs travel inside the package; in a checkout they stand beside it.
@@ -32,21 +33,36 @@ CONFIG_DIR = _PACKAGE / "app_configs" if (_PACKAGE / "app_configs").is_dir() els
 PRIMARY_CONFIG = "train"
 
 
-def compose_config(overrides: list[str]) -> tuple[Config, str]:
+def compose_config(
+    overrides: list[str], *, folder: Path = CONFIG_DIR, primary: str = PRIMARY_CONFIG
+) -> tuple[Config, str]:
     """The `Config` of our app with `overrides`, and the composed config as YAML, without running anything.
+
+    Args:
+        overrides: as on the command line, without Hydra's flags.
+        folder: where the primary config stands; our own configs are found from there too.
+        primary: its name.
 
     Raises:
         ConfigError: the overrides do not compose, or the result is not possible.
     """
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        try:
-            cfg = compose(PRIMARY_CONFIG, overrides)
-        except Exception as error:
-            line = mend(error, overrides)
-            if line is None:
-                raise
-            raise line from error
+    search = [] if folder == CONFIG_DIR else [search_path(CONFIG_DIR)]
+    try:
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            cfg = compose(primary, [*search, *overrides])
+    except Exception as error:
+        line = mend(error, overrides)
+        if line is None:
+            raise
+        raise line from error
+    cfg = keep_requested(cfg)
     return load_config(cfg), OmegaConf.to_yaml(cfg, resolve=True)
+
+
+def search_path(folder: Path) -> str:
+    """The override that lets configs be found in `folder` too."""
+    text = re.sub(r'(\\*)"', r'\1\1\\"', f"file://{folder}")
+    return f'hydra.searchpath=["{text}"]'
 
 
 def mend(error: Exception, overrides: list[str]) -> DualPolicyError | None:

@@ -7,11 +7,16 @@ DictConfig. Fields that are null in the `dual_policy` node have their defaults f
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dual_policy_plugin.errors import ConfigError
+
+SELECTOR_TYPES = ("specific", "latest", "top", "rand", "all")
+MAX_POOL = 1024
+"""NPCs of one run."""
 
 
 def check(condition: bool, key: str, value: object, right: str) -> None:
@@ -34,13 +39,45 @@ class PolicySource:
     """Where a policy comes from: `trainer.dual_policy.checkpoint_npc` and `trainer.initial_policy` share this."""
 
     uri: str
-    """file path, file://..., builtin://arena/medium, ... as the user wrote it."""
+    """Path, file://, wandb://, s3:// or builtin:// as the user wrote it (see npc/uri.py)."""
+    type: str = "specific"
+    """specific | latest | top | rand | all: which of what the URI may mean."""
+    range: int = 1
+    """How many of them; latest, top and rand only. More than one makes a pool."""
+    metric: str = "epoch"
+    """What `top` orders by, larger is better."""
+    filters: dict[str, Any] | None = None
+    """Metadata name -> the value it must have."""
+    name: str | None = None
+    """The policy's name in logs and metrics; None: made from where it was found."""
     agent: str | None = None
     """Architecture of a bare state dict (.pt); None: the learner's."""
     act: str = "sample"
     """sample | greedy: how a frozen policy picks its action. Not used by trainer.initial_policy."""
     keep_optimizer: bool = False
     """trainer.initial_policy only: take the optimizer's moments along, where the checkpoint's run still has them."""
+
+    def __post_init__(self) -> None:
+        check_selector("", type=self.type, range=self.range, metric=self.metric, filters=self.filters, name=self.name)
+
+
+def check_selector(
+    prefix: str, *, type: str, range: int, metric: str, filters: dict[str, Any] | None, name: str | None
+) -> None:
+    """Raises a ConfigError unless the parts of a selector go together; `prefix` stands before the keys it names."""
+    check(
+        type in SELECTOR_TYPES, f"{prefix}type", type, f"use {', '.join(SELECTOR_TYPES[:-1])} or {SELECTOR_TYPES[-1]}"
+    )
+    check_range(f"{prefix}range", range, 1, MAX_POOL)
+    is_counted = type in ("latest", "top", "rand")
+    check(is_counted or range == 1, f"{prefix}range", range, f"type={type} takes no range; use latest, top or rand")
+    is_known = type == "top" or metric == "epoch"
+    check(is_known, f"{prefix}metric", metric, f"type={type} orders by no metric; use type=top, or leave metric away")
+    for key, value in (filters or {}).items():
+        is_plain = isinstance(key, str) and isinstance(value, str | int | float | bool)
+        check(is_plain, f"{prefix}filters.{key}", value, "a filter is a metadata name and the value it must have")
+    is_name = name is None or re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name) is not None
+    check(is_name, f"{prefix}name", ascii(name), "use up to 64 letters, digits, _ . -")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -54,6 +91,9 @@ class DualPolicyConfig:
     """first | last | interleaved | explicit list of the learner's seats."""
     npc: PolicySource | None = None
     """The frozen policy; None only where no NPC is needed (enabled=false or training_agents_pct=1)."""
+    lock: Path | dict[str, Any] | None = None
+    """An npc.lock.json (or its content, as a run's config.yaml has it) whose pins are taken instead of resolving;
+    None: the run makes its own."""
 
     def __post_init__(self) -> None:
         key, pct = "trainer.dual_policy.training_agents_pct", self.training_agents_pct
@@ -104,6 +144,8 @@ class TrainerConfig:
     """Iterations between evaluations; None: at the end only."""
     best_metric: str = "dual_policy/win_rate"
     """Which metric makes a checkpoint `best` (larger is better)."""
+    publish_uri: str | None = None
+    """s3://bucket/prefix/ that gets every checkpoint as <run>/model_<epoch>.safetensors, once; None: nowhere."""
     initial_policy: PolicySource | None = None
     """Start the learner from this checkpoint; not a resume."""
     dual_policy: DualPolicyConfig = field(default_factory=DualPolicyConfig)
@@ -123,6 +165,8 @@ class TrainerConfig:
         check(
             self.threads is None or self.threads <= 1024, "trainer.threads", self.threads, "use 1024 at most, or null"
         )
+        is_s3 = self.publish_uri is None or re.fullmatch(r"s3://[a-z0-9.-]{3,63}(/[^@?\\]*)?", self.publish_uri)
+        check(bool(is_s3), "trainer.publish_uri", ascii(self.publish_uri)[1:-1], "use s3://bucket/prefix/, or null")
         check(self.precision in ("auto", "fp32", "bf16"), "trainer.precision", self.precision, "use auto, fp32 or bf16")
 
 

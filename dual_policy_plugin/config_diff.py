@@ -1,4 +1,6 @@
-"""What differs between the config a run was made by and the config of now; used by `run_directory`."""
+"""What differs between the config a run was made by and the config of now, and what is added to it; used by
+`run_directory`.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +34,13 @@ def diff_configs(old_yaml: str, new_yaml: str, path: Path) -> dict[str, tuple[ob
         raise RunError(f"{path} cannot be read as YAML; restore it, or use another run= name") from error
     new = _flatten(OmegaConf.to_container(OmegaConf.create(new_yaml), resolve=False))
     return {key: (old.get(key), new.get(key)) for key in {**new, **old} if old.get(key) != new.get(key)}
+
+
+def add_to_config(text: str, key: str, value: Mapping[str, Any]) -> str:
+    """The YAML text with `value` at a dotted key, in place of what stood there."""
+    cfg = OmegaConf.create(text)
+    OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+    return OmegaConf.to_yaml(cfg)
 
 
 def show_diff(changes: Mapping[str, tuple[object, object]]) -> str:

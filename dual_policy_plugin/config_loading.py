@@ -13,6 +13,7 @@ import functools
 import logging
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -31,8 +32,10 @@ from dual_policy_plugin.config import (
     PolicySource,
     TrainerConfig,
     WandbConfig,
+    check_selector,
 )
 from dual_policy_plugin.errors import ConfigError
+from dual_policy_plugin.npc.uri import parse_uri
 
 T = TypeVar("T")
 Node = dict[str, Any]
@@ -46,10 +49,10 @@ OLDER_SPELLINGS = {
     "training_agents_pct": ("policy_a_percentage",),
     "uri": ("checkpoint_path", "policy_uri"),
 }
-SELECTOR_DEFAULTS = {"type": "specific", "range": 1, "metric": "epoch", "filters": None}
+SELECTOR_DEFAULTS: Node = {"type": "specific", "range": 1, "metric": "epoch", "filters": None, "name": None}
 SOURCE_KEYS = ("uri", "agent", "act", *SELECTOR_DEFAULTS)
-LATER_KEYS = ("pool", "matchmaking", "lock")
-DUAL_POLICY_KEYS = ("enabled", "training_agents_pct", "assignment", "npc_type", "checkpoint_npc", *LATER_KEYS)
+LATER_KEYS = ("pool", "matchmaking")
+DUAL_POLICY_KEYS = ("enabled", "training_agents_pct", "assignment", "npc_type", "checkpoint_npc", "lock", *LATER_KEYS)
 TOP_KEYS = ("run", "cmd", "seed", "device", "train_dir", "trainer", "agent", "env", "evals", "wandb")
 OTHER_COMMANDS = ("import", "demo")
 
@@ -128,7 +131,7 @@ def load_dual_policy(cfg: DictConfig | Mapping[str, Any], key: str = DUAL_POLICY
             raise ConfigError(
                 f"{key}.{name}={node[name]!r} is not in this version yet; one NPC from {key}.checkpoint_npc.uri works"
             )
-    values = {name: node.get(name) for name in ("enabled", "training_agents_pct", "assignment")}
+    values = {name: node.get(name) for name in ("enabled", "training_agents_pct", "assignment", "lock")}
     result = _build(DualPolicyConfig, values, key)
     _check_assignment(result.assignment, f"{key}.assignment")
     if node.get("enabled") is None:
@@ -211,8 +214,10 @@ def to_plain(cfg: DictConfig | Mapping[str, Any]) -> Node:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         text = str(error.msg or error).splitlines()[0]
+        text = re.sub(r"^\w+ raised while resolving interpolation: ", "", text)  # what ${npc:...} has to say is enough
         if "interpolation type npc" in text:
-            text = "the resolver ${npc:...} is not in this version yet; write the URI itself"
+            call = "dual_policy_plugin.interpolation.register_resolver()"
+            text = f"the resolver ${{npc:...}} is not registered; call {call} first"
         raise ConfigError(f"{error.full_key}: {text}") from error
     return typing.cast(Node, plain)
 
@@ -220,15 +225,20 @@ def to_plain(cfg: DictConfig | Mapping[str, Any]) -> Node:
 def _policy_source(node: Node, key: str, keys: tuple[str, ...]) -> PolicySource | None:
     """A `checkpoint_npc`-like node (older names already mapped) as a PolicySource; None where no URI is set."""
     _check_keys(node, keys, key)
-    for name, default in SELECTOR_DEFAULTS.items():
-        if node.get(name) not in (None, {}, default):
-            works = f"{name}={default}, with the checkpoint itself in uri" if default else "null"
-            raise ConfigError(f"{key}.{name}={node[name]!r} is not in this version yet; what works is {works}")
     if node.get("act") not in (None, "sample", "greedy"):
         raise ConfigError(f"{key}.act={node['act']!r} is not possible; use sample or greedy")
     if node.get("uri") is None:
+        lost = [name for name, default in SELECTOR_DEFAULTS.items() if node.get(name) not in (None, {}, default)]
+        if lost:
+            raise ConfigError(f"{key}.{lost[0]}={node[lost[0]]!r} is set without a policy; set {key}.uri too")
         return None
-    return _build(PolicySource, {name: value for name, value in node.items() if name not in SELECTOR_DEFAULTS}, key)
+    said = {name: value for name, value in node.items() if value not in (None, {})}
+    if isinstance(said["uri"], str):
+        parse_uri(said["uri"])  # what no URI can be, a password in it too, is never written into a run's config.yaml
+    hints = typing.get_type_hints(PolicySource)
+    selector = {n: _convert(f"{key}.{n}", said[n], hints[n]) if n in said else d for n, d in SELECTOR_DEFAULTS.items()}
+    check_selector(f"{key}.", **selector)
+    return _build(PolicySource, said, key)
 
 
 def _initial_policy(node: Node) -> PolicySource | None:
@@ -240,6 +250,10 @@ def _initial_policy(node: Node) -> PolicySource | None:
     lost = [name for name, value in node.items() if value not in (None, False, {}) and source is None]
     if lost:
         raise ConfigError(f"{key}.{lost[0]}={node[lost[0]]!r} is set without a checkpoint; set {key}.uri too")
+    if source is not None and (source.range > 1 or source.type == "all"):
+        raise ConfigError(
+            f"{key}.type={source.type} with range={source.range} names several; a learner starts from one"
+        )
     return source
 
 

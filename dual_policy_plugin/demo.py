@@ -8,11 +8,11 @@ from datetime import datetime
 from pathlib import Path
 
 from dual_policy_plugin.composition import compose_config
+from dual_policy_plugin.config import Config
+from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.evaluate import evaluate_checkpoint
 from dual_policy_plugin.parts import choose_device
 from dual_policy_plugin.train import train
-
-OPPONENT = "builtin://arena/medium"
 
 
 def demo(seed: int | None, train_dir: Path, overrides: Sequence[str] = ()) -> int:
@@ -22,10 +22,14 @@ def demo(seed: int | None, train_dir: Path, overrides: Sequence[str] = ()) -> in
         seed: of the run; None: 1.
         train_dir: the run's directory is made under `train_dir`/demo, named by the time of day.
         overrides: further words for the config, as for `dual-policy train`.
+
+    Raises:
+        ConfigError: the overrides leave nobody to play against.
     """
     run = f"demo/{datetime.now():%Y%m%d-%H%M%S}"
     words = ["+user=demo", f"run={run}", f"seed={1 if seed is None else seed}", f"train_dir='{train_dir}'", *overrides]
     config, resolved_yaml = compose_config(words)
+    opponent = _opponent(config)
     started = time.perf_counter()
     result = train(config, resolved_yaml=resolved_yaml)
     took = time.perf_counter() - started
@@ -33,8 +37,20 @@ def demo(seed: int | None, train_dir: Path, overrides: Sequence[str] = ()) -> in
     before = evaluate_checkpoint(str(fresh), config, device=choose_device(config.device))[0]
     after = result["evals"][0]
     print(
-        f"demo: win rate vs {OPPONENT} {before.win_rate:.2f} -> {after['win_rate']:.2f} "
+        f"demo: win rate vs {opponent} {before.win_rate:.2f} -> {after['win_rate']:.2f} "
         f"[{after['low']:.2f}, {after['high']:.2f}] over {after['episodes']} episodes, "
         f"{result['agent_step'] / 1e6:.1f}M learner steps in {took:.0f} s; report {train_dir / run}/result.json"
     )
     return 0
+
+
+def _opponent(config: Config) -> str:
+    """The URI of whom the learner is measured against: the first of evals.opponents, else the NPC."""
+    npc = config.trainer.dual_policy.npc
+    if config.evals.episodes == 0:
+        raise ConfigError("evals.episodes=0 leaves the demo nothing to measure; use at least 1")
+    if npc is None:
+        raise ConfigError(
+            "the demo measures a learner against an NPC, and none plays; leave trainer.dual_policy as it is"
+        )
+    return config.evals.opponents[0] if config.evals.opponents else npc.uri

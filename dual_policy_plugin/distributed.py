@@ -1,4 +1,4 @@
-"""Several processes training one policy: who we are, and the two things that all ranks do together.
+"""Several processes training one policy: who we are, and what all ranks do together.
 
 Takes the environment variables that torchrun sets; without them there is one rank and nothing is sent.
 """
@@ -13,8 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dual_policy_plugin.errors import DigestError
-
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Ranks:
@@ -23,11 +21,17 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    local_world_size: int = 1
 
     @property
     def is_first(self) -> bool:
         """Rank 0 owns the run directory, the panel and the loggers."""
         return self.rank == 0
+
+    @property
+    def num_machines(self) -> int:
+        """How many machines the ranks are spread over, each with local_world_size of them."""
+        return -(-self.world_size // self.local_world_size)
 
 
 def join_ranks(device_type: str) -> Ranks:
@@ -38,6 +42,7 @@ def join_ranks(device_type: str) -> Ranks:
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
     if ranks.world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(minutes=10))
@@ -57,30 +62,44 @@ def sum_over_ranks(tensor: Tensor, ranks: Ranks) -> Tensor:
     return tensor
 
 
-def require_same_digests(digests: list[str], ranks: Ranks, device: torch.device) -> None:
-    """Stops every rank unless all of them hold the same NPCs.
+def copy_from_first(tensor: Tensor, ranks: Ranks) -> None:
+    """Overwrites the tensor by rank 0's, in place."""
+    if ranks.world_size > 1:
+        dist.broadcast(tensor, 0)
+
+
+def share_text(text: str, ranks: Ranks, device: torch.device) -> str:
+    """Rank 0's text, on every rank; all ranks must call this together.
 
     Args:
-        digests: sha256 hex digests of this rank's NPC files, in the pool's order.
+        text: of rank 0; the others' is not looked at.
         ranks: who we are.
         device: where the process group sends from.
-
-    Raises:
-        DigestError: on every rank, naming the ranks that differ from rank 0.
     """
     if ranks.world_size == 1:
-        return
-    num_npcs = torch.tensor([len(digests)], device=device)
-    dist.all_reduce(num_npcs, dist.ReduceOp.MAX)
-    mine = torch.zeros(int(num_npcs) * 32 + 1, dtype=torch.uint8, device=device)
-    raw = b"".join(bytes.fromhex(digest) for digest in digests)
-    mine[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8).to(device) if raw else mine[:0]
-    mine[-1] = len(digests) % 256
+        return text
+    data = text.encode() if ranks.is_first else b""
+    size = torch.tensor([len(data)], device=device)
+    dist.broadcast(size, 0)
+    buffer = torch.zeros(int(size), dtype=torch.uint8, device=device)
+    if data:
+        buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    if len(buffer) > 0:
+        dist.broadcast(buffer, 0)
+    return bytes(buffer.tolist()).decode()
+
+
+def first_trouble(trouble: str, ranks: Ranks, device: torch.device) -> tuple[int, str] | None:
+    """The first rank that has a trouble to tell (an empty text is none), and its text; None if no rank has one.
+
+    All ranks must call this together: so none is left waiting for one that has stopped.
+    """
+    if ranks.world_size == 1:
+        return (0, trouble) if trouble else None
+    mine = torch.zeros(1024, dtype=torch.uint8, device=device)
+    data = trouble.encode()[: len(mine)]
+    mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device) if data else mine[:0]
     everyone = [torch.empty_like(mine) for _ in range(ranks.world_size)]
     dist.all_gather(everyone, mine)
-    others = [str(rank) for rank, theirs in enumerate(everyone) if not torch.equal(theirs, everyone[0])]
-    if others:
-        raise DigestError(
-            f"rank {', '.join(others)} of {ranks.world_size} holds other NPC bytes than rank 0; "
-            "every rank must read the same checkpoint: use a shared path or a pinned URI"
-        )
+    texts = [bytes(theirs.tolist()).rstrip(b"\0").decode(errors="ignore") for theirs in everyone]
+    return next(((rank, text) for rank, text in enumerate(texts) if text), None)

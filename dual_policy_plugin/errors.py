@@ -9,7 +9,11 @@ DualPolicyError
 ├── CheckpointError        a policy file that cannot be read
 │   └── SpacesError        a policy made for other observations or actions
 ├── RunError               the run directory: locked, unwritable, made by another config, disk full
-└── DivergedError          training made a number that is not finite
+├── DivergedError          training made a number that is not finite
+└── WandbError             Weights & Biases was asked for its runs, and
+    ├── NoRunsError        has none
+    ├── NoLoginError       does not know who asks, or does not let them
+    └── NoNetworkError     cannot be reached
 
 The command line prints a DualPolicyError as one line and exits with its `exit_code`; anything else is a defect of
 ours and keeps its traceback.
@@ -60,3 +64,25 @@ class DivergedError(DualPolicyError):
     """Training produced a number that is not finite; the last healthy checkpoint is intact."""
 
     exit_code = 3
+
+
+class WandbError(DualPolicyError):
+    """Weights & Biases cannot answer as it was asked."""
+
+
+class NoRunsError(WandbError):
+    """There is no such run."""
+
+    exit_code = 4
+
+
+class NoLoginError(WandbError):
+    """No login, a refused one, or one without access."""
+
+    exit_code = 5
+
+
+class NoNetworkError(WandbError):
+    """The server cannot be reached, or fails."""
+
+    exit_code = 6

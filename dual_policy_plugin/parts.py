@@ -16,22 +16,23 @@ from typing import Any
 import torch
 
 from dual_policy_plugin.config import Config, TrainerConfig
-from dual_policy_plugin.distributed import Ranks, require_same_digests
+from dual_policy_plugin.distributed import Ranks
 from dual_policy_plugin.envs.build import make_env
 from dual_policy_plugin.errors import ConfigError
-from dual_policy_plugin.evaluate import load_opponents
+from dual_policy_plugin.evaluate import assign_seats, load_opponents, opponent_sources
 from dual_policy_plugin.experience import Experience, allocate_experience, experience_bytes
 from dual_policy_plugin.learning.ppo import LOSS_NAMES, PpoSettings, PpoUpdate
 from dual_policy_plugin.memory import available_bytes, check_memory
-from dual_policy_plugin.npc.resolver import PinnedPolicy, resolve
+from dual_policy_plugin.npc.cache import Hold
+from dual_policy_plugin.npc.lock import LockEntry
+from dual_policy_plugin.npc.resolver import PinnedPolicy, hold_pinned
 from dual_policy_plugin.policies.build import compute_dtype
 from dual_policy_plugin.policies.learner import Learner, build_learner
-from dual_policy_plugin.policies.npcs import load_npc, pin_npcs
+from dual_policy_plugin.policies.npcs import Wish, load_npc, pin_policies
 from dual_policy_plugin.policies.pool import Npc, NpcPool
-from dual_policy_plugin.rollout.assignment import Assignment, assign
+from dual_policy_plugin.rollout.assignment import Assignment
 from dual_policy_plugin.rollout.episode_metrics import EpisodeMetrics
 from dual_policy_plugin.rollout.mixed_policy import MixedPolicy
-from dual_policy_plugin.run_state import keep_optimizer
 from dual_policy_plugin.types import EnvSpec, VecEnv
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,12 @@ class Parts:
 
     pinned: list[PinnedPolicy]
     """The NPCs as they were pinned."""
+    lock: tuple[LockEntry, ...]
+    """Every policy that the run was given: NPCs, opponents, what the learner started from."""
+    hold: Hold
+    """Keeps them in the cache while the run lives."""
+    initial: PinnedPolicy | None
+    """What trainer.initial_policy named, as it was pinned."""
     env: VecEnv
     assignment: Assignment
     learner: Learner
@@ -79,9 +86,13 @@ def build_parts(
     dtype = compute_dtype(trainer.precision, device)
 
     # who plays: text -> pinned, verified bytes, the same on every rank
-    sources = [dual.npc] if dual.npc is not None else []
-    pinned = pin_npcs(sources, run_path)
-    require_same_digests([npc.sha256 for npc in pinned], ranks, device)
+    initial = trainer.initial_policy
+    wishes = [Wish(source=dual.npc, role="npc")] if dual.npc is not None else []
+    wishes += [Wish(source=initial, role="initial")] if initial is not None else []
+    wishes += [Wish(source=source, role="opponent") for source in opponent_sources(config)]
+    pins = pin_policies(wishes, run_path, given=dual.lock, seed=config.seed, ranks=ranks, device=device)
+    hold = stack.enter_context(hold_pinned([one for found in pins.policies for one in found]))
+    pinned = pins.of_role("npc", wishes)
 
     # where they play, and on which seats
     num_envs, first_env = config.env.num_envs, ranks.rank * config.env.num_envs
@@ -93,16 +104,13 @@ def build_parts(
         )
     )
     spec = env.spec
-    assignment = assign(spec.num_agents, dual.training_agents_pct if dual.enabled else 1.0, dual.assignment)
-    npcs = [
-        load_npc(source, pin, spec, config.agent, dtype=dtype, device=device)
-        for source, pin in zip(sources, pinned, strict=True)
-    ]
-    opponents = load_opponents(config, npcs, spec, dtype=dtype, device=device)
+    assignment = assign_seats(spec.num_agents, dual)
+    npcs = [load_npc(dual.npc, pin, spec, config.agent, dtype=dtype, device=device) for pin in pinned if dual.npc]
+    opponent_pins = pins.of_role("opponent", wishes)
+    opponents = load_opponents(config, opponent_pins, npcs, spec, assignment, dtype=dtype, device=device)
 
     # who learns
-    initial = trainer.initial_policy
-    initial_pin = resolve(initial.uri) if initial else None
+    initial_pin = next(iter(pins.of_role("initial", wishes)), None)
     learner = build_learner(
         config.agent,
         spec,
@@ -122,10 +130,8 @@ def build_parts(
     ppo = PpoUpdate(
         learner.policy, settings, betas=(trainer.adam_beta1, trainer.adam_beta2), eps=trainer.adam_eps, ranks=ranks
     )
-    if initial and initial.keep_optimizer and initial_pin:
-        keep_optimizer(initial_pin, ppo)
     metrics = EpisodeMetrics(spec, assignment, pool, device, count_first=False, count_later=True)
-    _check_best_metric(trainer.best_metric, metrics, opponents)
+    _check_best_metric(config, metrics, opponents)
     facts = {
         "num_envs": num_envs,
         "policy_a_agents": assignment.num_learner,
@@ -137,6 +143,9 @@ def build_parts(
     log.info("Dual-policy system initialized: %s", facts)
     return Parts(
         pinned=pinned,
+        lock=pins.entries,
+        hold=hold,
+        initial=initial_pin,
         env=env,
         assignment=assignment,
         learner=learner,
@@ -175,11 +184,18 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _check_best_metric(name: str, metrics: EpisodeMetrics, opponents: list[Npc]) -> None:
+def _check_best_metric(config: Config, metrics: EpisodeMetrics, opponents: list[Npc]) -> None:
     """A metric that never occurs would never make a checkpoint `best`, and nobody would know why."""
+    name = config.trainer.best_metric
     default = next(field.default for field in fields(TrainerConfig) if field.name == "best_metric")
     known = [*metrics.names(), *(f"losses/{loss}" for loss in LOSS_NAMES), "losses/explained_variance"]
-    known += [f"evals/{opponent.name}/{figure}" for opponent in opponents for figure in ("win_rate", "low", "high")]
+    evals = [f"evals/{opponent.name}/{figure}" for opponent in opponents for figure in ("win_rate", "low", "high")]
+    if name in evals and not (config.trainer.evaluate_interval and config.evals.episodes):
+        raise ConfigError(
+            f"trainer.best_metric={name} occurs at the run's end only; set trainer.evaluate_interval, for example to "
+            f"{config.trainer.checkpoint_interval}, and evals.episodes above 0"
+        )
+    known += evals
     if name not in known and name != default:  # without an NPC there is no win rate, and that is well known
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise ConfigError(f"trainer.best_metric={name} is no metric of this run; did you mean {near}?")

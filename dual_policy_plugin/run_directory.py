@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from dual_policy_plugin import files
-from dual_policy_plugin.config_diff import diff_configs, show_diff
+from dual_policy_plugin.config_diff import add_to_config, diff_configs, show_diff
 from dual_policy_plugin.errors import RunError
 from dual_policy_plugin.run_lock import lock_run, unlock_run
 
@@ -35,6 +35,8 @@ MAY_CHANGE = (
     "trainer.checkpoint_interval",
     "trainer.keep_checkpoints",
     "trainer.evaluate_interval",
+    "trainer.num_workers",
+    "trainer.publish_uri",
     "evals",
     "evals.*",
     "wandb",
@@ -42,6 +44,9 @@ MAY_CHANGE = (
     "hourly_cost",
 )
 """Keys that a continued run may have otherwise than it had before: its length, its logging, where it stands."""
+
+LOCK_KEY = "trainer.dual_policy.lock"
+"""Where config.yaml records the pinned NPCs; a run's own record is no difference to the config of now."""
 
 _CHECKPOINT = re.compile(r"model_(\d{4,})\.safetensors")
 _logger = logging.getLogger(__name__)
@@ -174,6 +179,17 @@ class RunDirectory:
         except OSError as error:
             raise files.file_error(error, path, "read") from error
 
+    def record_lock(self, lock: Mapping[str, Any]) -> None:
+        """Records the pinned NPCs in config.yaml, where a run of this config takes them from (`npc/lock.py`)."""
+        path = self.path / "config.yaml"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise files.file_error(error, path, "read") from error
+        recorded = add_to_config(text, LOCK_KEY, lock)
+        if recorded != text:
+            files.publish(path, recorded.encode())
+
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Adds a line to metrics.jsonl; it must have "iteration" and nothing that depends on the clock."""
         assert "iteration" in record, "a metrics line says which iteration it belongs to"
@@ -276,6 +292,9 @@ class RunDirectory:
             if stored is None:
                 raise RunError(f"{self.path} has checkpoints but no config.yaml; use another run= name")
             changes = diff_configs(stored, config_yaml, path)
+            changes = {key: one for key, one in changes.items() if not f"{key}.".startswith(f"{LOCK_KEY}.")}
+            if not changes:
+                return  # it says the same, and has the record of the NPCs besides
             refused = {
                 key: change
                 for key, change in changes.items()
@@ -286,8 +305,7 @@ class RunDirectory:
                     f"{self.path} was made by another config: {show_diff(refused)}; "
                     f"use another run= name, or the old values to continue it"
                 )
-            if changes:
-                _logger.info("%s continues with another config: %s", self.path, show_diff(changes))
+            _logger.info("%s continues with another config: %s", self.path, show_diff(changes))
         files.publish(path, config_yaml.encode())
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dual_policy_plugin.checkpoint import read_safetensors
-from dual_policy_plugin.distributed import Ranks, sum_over_ranks
+from dual_policy_plugin.distributed import Ranks, copy_from_first, sum_over_ranks
 from dual_policy_plugin.errors import ConfigError, RunError
 from dual_policy_plugin.experience import Experience
 from dual_policy_plugin.learning.ppo import PpoUpdate
@@ -26,6 +26,8 @@ from dual_policy_plugin.rollout.mixed_policy import MixedPolicy
 from dual_policy_plugin.types import EnvSpec, VecEnv
 
 STATE_NAME = "training.safetensors"
+EPISODE_STATE = ("mixed", "pool", "metrics")
+"""First parts of the names of tensors that belong to the running episodes."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,8 +73,7 @@ def restore_state(
     has_env = hasattr(env, "load_state_dict") and any(name.startswith("env.") for name in saved)
     live = _live_tensors(mixed, ppo, metrics)
     for name, tensor in live.items():
-        is_episode_state = name.split(".")[0] in ("mixed", "pool", "metrics")
-        if is_episode_state and not has_env:
+        if name.split(".")[0] in EPISODE_STATE and not has_env:
             continue  # all envs start anew, and so do their states
         if name not in saved or saved[name].shape != tensor.shape:
             raise RunError(f"{where}: its {name} does not fit this run; use another run= name")
@@ -81,6 +82,23 @@ def restore_state(
         env.load_state_dict({name[4:]: tensor for name, tensor in saved.items() if name.startswith("env.")})  # type: ignore[attr-defined]
     counters: dict[str, Any] = json.loads(metadata["counters"])
     return Counters(**counters)
+
+
+def share_state(counters: Counters, mixed: MixedPolicy, ppo: PpoUpdate, metrics: EpisodeMetrics, ranks: Ranks) -> None:
+    """Gives every rank the first one's policy, optimizer and counters; only that one has read the run directory.
+
+    The envs of the other ranks start anew: the state holds the first one's.
+    """
+    if ranks.world_size == 1:
+        return
+    for name, tensor in _live_tensors(mixed, ppo, metrics).items():
+        if name.split(".")[0] not in EPISODE_STATE:
+            copy_from_first(tensor, ranks)
+    names = ("iteration", "agent_step", "env_agent_step")
+    numbers = torch.tensor([getattr(counters, name) for name in names], device=ppo.parameters.flat.device)
+    copy_from_first(numbers, ranks)
+    for name, number in zip(names, numbers.tolist(), strict=True):
+        setattr(counters, name, number)
 
 
 def keep_optimizer(pinned: PinnedPolicy, ppo: PpoUpdate) -> None:

@@ -15,18 +15,28 @@ from typing import Any
 
 import torch
 
-from dual_policy_plugin.config import Config, TrainerConfig
+from dual_policy_plugin.config import Config, PolicySource, TrainerConfig
 from dual_policy_plugin.distributed import join_ranks, leave_ranks
 from dual_policy_plugin.envs.build import num_processes
 from dual_policy_plugin.evaluate import as_metrics, evaluate
 from dual_policy_plugin.evaluation.matches import MatchResult
 from dual_policy_plugin.files import read_lines
+from dual_policy_plugin.npc.lock import lock_facts
 from dual_policy_plugin.parts import Parts, build_parts, choose_device
+from dual_policy_plugin.policies.npcs import recorded_npcs
 from dual_policy_plugin.report.iteration import Score, iteration_figures, iteration_timing
 from dual_policy_plugin.report.run_log import RunLog
+from dual_policy_plugin.rng import LOW_31_BITS, hash32
 from dual_policy_plugin.rollout.collector import collect_rollout, start_rollouts
 from dual_policy_plugin.run_directory import RunDirectory
-from dual_policy_plugin.run_state import STATE_NAME, Counters, encode_state, restore_state
+from dual_policy_plugin.run_state import (
+    STATE_NAME,
+    Counters,
+    encode_state,
+    keep_optimizer,
+    restore_state,
+    share_state,
+)
 
 
 def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., Any] | None = None) -> dict[str, Any]:
@@ -46,21 +56,29 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
     device = choose_device(config.device)
     trainer = config.trainer
     # torch's threads spin between two operations: on a worker's core they cost the env 3 to 10 times its step
-    num_free = len(os.sched_getaffinity(0)) - num_processes(config.env, trainer.num_workers, make_host)
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_free = num_cores - num_processes(config.env, trainer.num_workers, make_host)
     torch.set_num_threads(trainer.threads or max(1, num_free))
     ranks = join_ranks(device.type)
     with ExitStack() as stack:
         stack.callback(leave_ranks)
         run = stack.enter_context(_open_run(config, resolved_yaml)) if ranks.is_first else None
         parts = build_parts(config, run.path if run else None, ranks, device, make_host, stack)
+        if run is not None and parts.lock:
+            run.record_lock(lock_facts(parts.lock))
         env, mixed, experience, metrics, ppo = parts.env, parts.mixed, parts.experience, parts.metrics, parts.ppo
         first_env = ranks.rank * env.spec.num_envs
 
         env.reset(config.seed, stagger=True)
-        counters = _resume(run, parts) if run else Counters()
+        counters = _resume(run, parts, trainer.initial_policy) if run else Counters()
+        share_state(counters, parts.mixed, parts.ppo, parts.metrics, ranks)
+        if counters.iteration and not (run and hasattr(env, "state_dict")):
+            # no state to go on from: new episodes, or a run that is often stopped would see its first ones only
+            env.reset(int(hash32(config.seed, counters.iteration)) & LOW_31_BITS, stagger=True)
         log = stack.enter_context(RunLog(run, config, parts.pinned)) if run else None
         score, figures = Score(trainer.best_metric), _last_figures(run) if run else {}
         start_rollouts(env, mixed, experience)
+        clock = time.perf_counter()
         while counters.agent_step < trainer.total_timesteps:
             started = time.perf_counter()
             first_step = counters.iteration * trainer.horizon
@@ -73,7 +91,9 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
 
             counters.add_iteration(experience, env.spec, ranks)
             figures = iteration_figures(counters, learning_rate, losses, metrics.take(ranks))
-            counters.elapsed_s += time.perf_counter() - started
+            finished = time.perf_counter()
+            counters.elapsed_s += finished - clock  # with what evaluation and saving took after the last iteration
+            clock = finished
             if run is None or log is None:
                 continue
             timing = iteration_timing(config, counters, experience, env.spec, ranks, started, collected)
@@ -81,14 +101,17 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
             if trainer.evaluate_interval and counters.iteration % trainer.evaluate_interval == 0 and not is_last:
                 figures |= as_metrics(_evaluate(config, parts, device, make_host))
             score.add(figures)
+            log.record(counters.iteration, figures, timing)  # first: no checkpoint stands without its metrics
             checkpoint = None
             if is_last or counters.iteration % trainer.checkpoint_interval == 0:
                 checkpoint = _save(run, parts, counters, figures, score.take())
-            log.iteration(counters.iteration, figures, timing, checkpoint)
+            log.show(counters.iteration, figures, timing, checkpoint)
 
         if run is None or log is None:
             return {}
-        log.message(f"evaluating: {config.evals.episodes} episodes against each of {len(parts.opponents)} opponents")
+        if config.evals.episodes and parts.opponents:
+            names = ", ".join(opponent.name for opponent in parts.opponents)
+            log.message(f"evaluating: {config.evals.episodes} episodes against {names}")
         result = _result(config, run, parts, counters, figures, _evaluate(config, parts, device, make_host))
         log.result(result)
         return result
@@ -100,10 +123,12 @@ def _open_run(config: Config, resolved_yaml: str) -> RunDirectory:
     )
 
 
-def _resume(run: RunDirectory, parts: Parts) -> Counters:
+def _resume(run: RunDirectory, parts: Parts, initial: PolicySource | None) -> Counters:
     """Puts the run where it was stopped; a new one saves epoch 0, so that its beginning can be played against too."""
     saved = run.load_state(STATE_NAME)
     if saved is None:
+        if initial and initial.keep_optimizer and parts.initial:
+            keep_optimizer(parts.initial, parts.ppo)
         _save(run, parts, Counters(), {}, None)
         return Counters()
     where = str(run.path / "state" / STATE_NAME)
@@ -139,10 +164,11 @@ def _save(run: RunDirectory, parts: Parts, counters: Counters, figures: dict[str
         "epoch": counters.iteration,
         "step": counters.agent_step,
         "metrics": figures,
-        "npcs": _npc_facts(parts),
+        "npcs": recorded_npcs(parts.lock),
     }
     path = run.save_checkpoint(counters.iteration, parts.learner.encode(metadata), score=score)
     run.save_state(STATE_NAME, encode_state(counters, parts.env, parts.mixed, parts.ppo, parts.metrics))
+    parts.hold.refresh()
     return path.name
 
 

@@ -83,6 +83,9 @@ class StepResult:
     """(num_envs, num_agents) bool, a subset of dones: ended by a limit, not by the rules. None: never."""
     weights: Tensor | None = None
     """(num_envs, num_agents) float32. 1 where the agent acted in this step, 0 where the seat was empty. None: all 1."""
+    scores: Tensor | None = None
+    """(num_envs, num_agents) float32. The env's own verdict per agent, compared in place of returns to say who won an
+    episode; read only where the episode ended. None: returns decide."""
     counters: Tensor | None = None
     """(num_envs, num_agents, len(spec.counters)) float32, the episode's totals up to and including this step; read
     only where the episode ended."""

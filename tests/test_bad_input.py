@@ -186,7 +186,7 @@ BAD = [
         ["model_0000.pt: no such file; model_0000.safetensors stands beside it, name that one"],
     ),
     ([f"{URI}=builtin://arena/hunte"], ["builtin://arena/hunte", "did you mean builtin://arena/hunter?"]),
-    ([f"{URI}=s3://bucket/model.safetensors"], ["s3://bucket/model.safetensors", "download the file"]),
+    ([f"{URI}=gs://bucket/model.safetensors"], ["gs://bucket/model.safetensors", "download it"]),
     ([f"{URI}=short.safetensors"], ["short.safetensors: it is cut short", "copy it again"]),
     ([f"{URI}=empty.safetensors"], ["empty.safetensors: 0 bytes are too few", "copy it again"]),
     ([f"{URI}=list.pt"], ["Checkpoint NPC policy must be a PyTorch module", "list.pt", "dual-policy import"]),

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from dual_policy_plugin.cli import main
+from dual_policy_plugin.demo import demo
+from dual_policy_plugin.errors import ConfigError
 
 LINE = (
     r"demo: win rate vs builtin://arena/medium (\d\.\d\d) -> (\d\.\d\d) \[(\d\.\d\d), (\d\.\d\d)\] "
@@ -28,3 +30,21 @@ def test_demo_ends_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
     result = json.loads(Path(report).read_text())
     assert result["evals"][0]["win_rate"] == pytest.approx(float(after), abs=0.005)
     assert result["npcs"][0]["uri"] == "builtin://arena/medium"
+
+
+def test_demo_names_whom_it_played_against(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["trainer.total_timesteps=1", "evals.episodes=8", "env.num_envs=8", "trainer.threads=1"]
+    assert demo(1, tmp_path, [*short, "evals.opponents=[builtin://arena/random]"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("demo: win rate vs builtin://arena/random ")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("evals.episodes=0", r"evals\.episodes=0"), ("trainer.dual_policy.training_agents_pct=1", "none plays")],
+)
+def test_demo_without_anything_to_measure_is_refused_before_it_trains(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        demo(1, tmp_path, [override])
+    assert not list(tmp_path.rglob("*.jsonl"))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dual_policy_plugin.checkpoint import decode_policy
+from dual_policy_plugin.distributed import Ranks
 from tests.harness import MemoryTask, make_loop
 
 WORKER = """
@@ -38,13 +39,15 @@ from dual_policy_plugin.config import *
 from dual_policy_plugin.errors import DualPolicyError
 from dual_policy_plugin.train import train
 path, same = Path(sys.argv[1]), sys.argv[2] == "same"
+steps = int(sys.argv[3]) if len(sys.argv) > 3 else 4096
 script = "random" if same or os.environ["RANK"] == "0" else "forager"
 dual = DualPolicyConfig(enabled=True, training_agents_pct=0.5, npc=PolicySource(uri=f"builtin://arena/{script}"))
 config = Config(run="two", train_dir=path, device="cpu", env=EnvConfig(num_envs=8, args={"episode_steps": 16}),
                 evals=EvalsConfig(episodes=16),
-                trainer=TrainerConfig(total_timesteps=4096, horizon=16, threads=1, dual_policy=dual))
+                trainer=TrainerConfig(total_timesteps=steps, horizon=16, threads=1, dual_policy=dual))
 try:
     train(config, resolved_yaml="a: 1\\n")
+    print("rank", os.environ["RANK"], "is through")
 except DualPolicyError as error:
     print(error, file=sys.stderr)
     sys.exit(error.exit_code)
@@ -102,3 +105,37 @@ def test_one_rank_with_another_npc_stops_both(tmp_path: Path, npcs: str) -> None
     assert [process.returncode for process in done] == [2, 2]
     assert all("rank 1 of 2 holds other NPC bytes than rank 0" in process.stderr for process in done)
     assert not metrics.exists()
+
+
+CONTINUE = """
+import json, sys
+import torch
+import dual_policy_plugin.train as program
+share = program.share_state
+def note(counters, mixed, ppo, metrics, ranks):
+    share(counters, mixed, ppo, metrics, ranks)
+    adam, steps = float(ppo.adam_state()["step"]), counters.agent_step
+    state = {"flat": ppo.parameters.flat.tolist(), "adam": adam, "steps": steps}
+    json.dump(state, open(sys.argv[1] + f"/{ranks.rank}.json", "w"))
+program.share_state = note
+"""
+
+
+@pytest.mark.slow
+def test_a_continued_run_has_one_policy_on_all_ranks(tmp_path: Path) -> None:
+    for steps in ("2048", "4096"):
+        done = run_ranks(CONTINUE + TRAIN, str(tmp_path), "same", steps)
+        assert [process.returncode for process in done] == [0, 0], done
+        assert all("is through" in process.stdout for process in done)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert first["steps"] == 2048
+    assert first["adam"] > 0
+    lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["charts/agent_step"] for line in lines] == [1024, 2048, 3072, 4096]
+
+
+def test_machines_are_counted_by_their_ranks() -> None:
+    assert Ranks().num_machines == 1
+    assert Ranks(world_size=8, local_world_size=8).num_machines == 1
+    assert Ranks(world_size=16, local_world_size=8).num_machines == 2

@@ -85,6 +85,7 @@ def prepare_targets(experience: Experience, settings: PpoSettings, ranks: Ranks)
     # one reduction for everything that must be global: sum A, sum A^2, sum w, number of row-steps
     sums = torch.stack([weighted.sum(), (weighted * advantages).sum(), count, rows]).double()
     total, total_square, count, rows = sum_over_ranks(sums, ranks)
+    count = count.clamp(min=1.0)  # a rollout in which no learner agent acted has nothing to teach
     if settings.norm_adv:
         mean = total / count
         std = ((total_square / count - mean.square()).clamp(min=0.0) * count / (count - 1).clamp(min=1.0)).sqrt()
@@ -193,6 +194,7 @@ class PpoUpdate:
         both = torch.stack([targets.returns - experience.values, targets.returns]).double() * weights
         moments = torch.stack([weights.double().sum().expand(2), both.sum(dim=(1, 2)), both.square().sum(dim=(1, 2))])
         count, total, total_square = sum_over_ranks(moments, self.ranks)
+        count = count.clamp(min=1.0)
         variance = total_square / count - (total / count).square()
         losses["explained_variance"] = (1.0 - variance[0] / variance[1].clamp(min=1e-8)).float()
         return losses

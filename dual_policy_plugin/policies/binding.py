@@ -62,16 +62,16 @@ class BoundPolicy(nn.Module):
 
     def forward_step(self, obs: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As Policy.forward_step, in the env's spaces."""
-        logits, values, state = self.policy.forward_step(self._translate(obs, 1), state)  # type: ignore[operator]
+        logits, values, state = self.policy.forward_step(self.translate(obs, 1), state)  # type: ignore[operator]
         return self._reorder(logits), values, state
 
     def forward_segment(self, obs: Tensor, state: Tensor, dones: Tensor) -> tuple[Tensor, Tensor]:
         """As Policy.forward_segment, in the env's spaces."""
-        logits, values = self.policy.forward_segment(self._translate(obs, 2), state, dones)  # type: ignore[operator]
+        logits, values = self.policy.forward_segment(self.translate(obs, 2), state, dones)  # type: ignore[operator]
         return self._reorder(logits), values
 
-    def _translate(self, obs: Tensor, num_lead: int) -> Tensor:
-        """Observations (*lead, *shape) of the env as the policy knows them."""
+    def translate(self, obs: Tensor, num_lead: int) -> Tensor:
+        """Observations (*lead, *shape) of the env, with num_lead leading dimensions, as the policy knows them."""
         flat = obs.flatten(num_lead)
         if self.columns is not None:
             flat = flat.index_select(num_lead, self.columns)

@@ -119,14 +119,12 @@ class VectorEncoder(nn.Module):
     def _normalize(self, obs: Tensor) -> Tensor:
         return ((obs - self.mean) * torch.rsqrt(self.var + 1e-8)).clamp(-10.0, 10.0)
 
-    def update_statistics(self, count: Tensor, total: Tensor, total_square: Tensor) -> None:
-        """Merges a batch's count (), sum and sum of squares (num_features,) into mean and variance (Chan et al.)."""
-        batch_mean = total / count.clamp(min=1.0)
-        batch_var = total_square / count.clamp(min=1.0) - batch_mean.square()
+    def update_statistics(self, count: Tensor, mean: Tensor, variance: Tensor) -> None:
+        """Merges a batch's count (), mean and variance (num_features,) into the running ones (Chan et al.)."""
         merged = self.count + count
-        delta = batch_mean - self.mean
+        delta = mean - self.mean
         share = count / merged.clamp(min=1.0)
-        self.var.mul_(1.0 - share).add_(batch_var * share).add_(delta.square() * share * (1.0 - share))
+        self.var.mul_(1.0 - share).add_(variance * share).add_(delta.square() * share * (1.0 - share))
         self.mean.add_(delta * share)
         self.count.copy_(merged)
 

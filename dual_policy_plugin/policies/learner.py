@@ -43,13 +43,19 @@ class Learner:
         """Merges a rollout's observations, of all ranks, into the net's normalization; nothing where it has none."""
         if not self.normalizes:
             return
-        obs = experience.obs[:-1]
+        obs = experience.obs[:-1]  # (horizon, num_rows, num_features)
+        if isinstance(self.policy, BoundPolicy):
+            obs = self.policy.translate(obs, 2)  # the net's own order of features
         weights = obs.new_ones(obs.shape[:2]) if experience.weights is None else experience.weights
-        weighted = obs * weights.unsqueeze(-1)
-        sums = torch.cat([weights.sum().view(1), weighted.sum(dim=(0, 1)), (weighted * obs).sum(dim=(0, 1))]).double()
-        sums = sum_over_ranks(sums, ranks).float()
-        total, total_square = sums[1:].chunk(2)
-        self.inner.update_statistics(sums[0], total, total_square)  # type: ignore[operator]
+        weights = weights.unsqueeze(-1)
+        totals = torch.cat([weights.sum().view(1), (obs * weights).sum(dim=(0, 1), dtype=torch.float64)])
+        totals = sum_over_ranks(totals, ranks)
+        count = totals[0].clamp(min=1.0)
+        mean = (totals[1:] / count).float()
+        # about the mean, not about 0: E[x^2] - E[x]^2 of a feature near 5000 loses its variance in float32
+        squares = ((obs - mean).square() * weights).sum(dim=(0, 1), dtype=torch.float64)
+        variance = (sum_over_ranks(squares, ranks) / count).float()
+        self.inner.update_statistics(totals[0].float(), mean, variance)  # type: ignore[operator]
 
     @property
     def normalizes(self) -> bool:

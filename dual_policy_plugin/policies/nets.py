@@ -39,10 +39,10 @@ class _Net(nn.Module):
         nn.init.zeros_(self.heads.bias)
         self._pack: dict[str, Pack] = {}
 
-    def update_statistics(self, count: Tensor, total: Tensor, total_square: Tensor) -> None:
+    def update_statistics(self, count: Tensor, mean: Tensor, variance: Tensor) -> None:
         """Merges a batch of observations into the normalization, where the encoder has one."""
         assert isinstance(self.encoder, VectorEncoder)
-        self.encoder.update_statistics(count, total, total_square)
+        self.encoder.update_statistics(count, mean, variance)
 
     def _split_heads(self, output: Tensor) -> tuple[Tensor, Tensor]:
         output = output.float()

@@ -63,7 +63,7 @@ def iteration_timing(
         "timing/update_s": finished - collected,
     }
     if config.hourly_cost is not None:
-        timing["cost/hourly_total"] = config.hourly_cost * ranks.world_size
+        timing["cost/hourly_total"] = config.hourly_cost * ranks.num_machines
         timing["cost/accrued_total"] = timing["cost/hourly_total"] * counters.elapsed_s / 3600
     return timing
 

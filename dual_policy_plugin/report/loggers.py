@@ -1,4 +1,4 @@
-"""Weights & Biases: takes every metric and timing of an iteration from `train.py`; off, offline or online.
+"""Weights & Biases: takes every metric and timing of an iteration, and the checkpoints; off, offline or online.
 
 The W&B run's id stands in the run directory's state, so a continued run goes on in the same W&B run. Its files stand in
 the run directory too, under wandb/.
@@ -12,12 +12,17 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 from dual_policy_plugin.config import WandbConfig
-from dual_policy_plugin.errors import ConfigError
+from dual_policy_plugin.errors import ConfigError, RunError
+from dual_policy_plugin.publishing import Checkpoint, Destination, checkpoint_facts, plain_name
 from dual_policy_plugin.run_directory import RunDirectory
+from dual_policy_plugin.wandb_runs import clean
 
 if TYPE_CHECKING:
     import wandb
 
+POLICY_NAME = "model.safetensors"
+"""The one file of an artifact."""
+UPLOAD_TIMEOUT_S = 300
 _STATE_NAME = "wandb.json"
 
 
@@ -89,6 +94,39 @@ class WandbLogger:
         """
         if self._run is not None:
             self._run.log(dict(metrics), step=step)
+
+    def destination(self, run_name: str) -> Destination | None:
+        """Where the run's checkpoints go as versions of one artifact of type model; None: no W&B run.
+
+        The newest version has the alias `latest` (W&B's own doing), the best one `best`. Offline the client keeps a
+        copy that `wandb sync` sends; which version it will be is not known then.
+
+        Args:
+            run_name: the run's name; the artifact has the same, with - for what a name cannot hold.
+        """
+        if self._run is None:
+            return None
+        run, name = self._run, plain_name(run_name)
+        place = f"wandb://{run.entity}/{run.project}/model/{name}" if not run.offline else f"offline:{name}"
+
+        def send(checkpoint: Checkpoint) -> str:
+            import wandb
+
+            try:
+                facts = {**checkpoint_facts(checkpoint.path), "wandb_run": run.id}
+                artifact = wandb.Artifact(name, type="model", metadata=facts)
+                # mutable: the client uploads a copy of its own
+                artifact.add_file(str(checkpoint.path), name=POLICY_NAME, policy="mutable", skip_cache=True)
+                logged = run.log_artifact(artifact, aliases=["best"] if checkpoint.is_best else [])
+                if run.offline:
+                    return place
+                logged.wait(timeout=UPLOAD_TIMEOUT_S)
+            except Exception as error:  # the client raises its own errors, ValueError, and those of its service
+                what = f"{checkpoint.path.name} could not be published to {place}"
+                raise RunError(f"{what}: {clean(str(error)) or type(error).__name__}") from error
+            return f"{place}:{logged.source_version}"
+
+        return Destination(name=place, send=send)
 
     def finish(self, result: Mapping[str, Any] | None = None, *, exit_code: int = 0) -> None:
         """Sends what is left and ends the W&B run; may be called twice.

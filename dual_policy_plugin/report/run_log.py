@@ -1,4 +1,4 @@
-"""Where a run's figures go: the run directory's files, the panel and W&B. Only the first rank has one."""
+"""Where a run's figures and checkpoints go: the run directory, the panel, W&B, S3. Only the first rank has one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from dual_policy_plugin.config import Config
 from dual_policy_plugin.npc.resolver import PinnedPolicy
+from dual_policy_plugin.publishing import Publisher, s3_destination
 from dual_policy_plugin.report.loggers import WandbLogger
 from dual_policy_plugin.report.progress import Progress
 from dual_policy_plugin.run_directory import RunDirectory
@@ -20,7 +21,14 @@ class RunLog:
 
     def __init__(self, run: RunDirectory, config: Config, pinned: list[PinnedPolicy]) -> None:
         self._run = run
+        s3 = [s3_destination(uri, config.run)] if (uri := config.trainer.publish_uri) is not None else []
         self._wandb = WandbLogger.open(config.wandb, run, name=config.run, run_config=asdict(config))
+        wandb = self._wandb.destination(config.run)
+        try:
+            self._publisher = Publisher.open(run, s3 if wandb is None else [wandb, *s3])
+        except BaseException:
+            self._wandb.finish(exit_code=1)
+            raise
         self._progress = Progress(
             config.run,
             config.trainer.total_timesteps,
@@ -37,23 +45,33 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stack.close()
+        self._publisher.close()
         self._wandb.finish(exit_code=int(kind is not None))
 
-    def iteration(
-        self, iteration: int, metrics: Mapping[str, float], timing: Mapping[str, float], checkpoint: str | None
-    ) -> None:
+    def record(self, iteration: int, metrics: Mapping[str, float], timing: Mapping[str, float]) -> None:
         """Writes one iteration's figures: `metrics` depend on the run alone, `timing` on the clock."""
         self._run.append_metrics({"iteration": iteration, **metrics})
         self._run.append_timing({"iteration": iteration, **timing})
         self._wandb.log({**metrics, **timing}, int(metrics["charts/agent_step"]))
+
+    def show(
+        self, iteration: int, metrics: Mapping[str, float], timing: Mapping[str, float], checkpoint: str | None
+    ) -> None:
+        """Shows one iteration, and the checkpoint that was made after it, to whoever watches."""
         self._progress.update(iteration, metrics, timing, checkpoint=checkpoint)
+        if checkpoint is not None:
+            self._publisher.advance(iteration)
 
     def message(self, text: str) -> None:
         """Says something to whoever watches."""
         self._progress.message(text)
 
     def result(self, result: Mapping[str, Any]) -> None:
-        """Writes the run's result and says what it came to."""
+        """Writes the run's result, says what it came to, and waits until every checkpoint is where it belongs.
+
+        Raises:
+            RunError: a checkpoint could not be published; the run itself is complete.
+        """
         self._run.write_result(result)
         for match in result["evals"]:
             self.message(
@@ -61,4 +79,7 @@ class RunLog:
                 f"[{match['low']:.3f}, {match['high']:.3f}] over {match['episodes']} episodes"
             )
         self.message(f"result: {self._run.path / 'result.json'}")
-        self._wandb.finish(result)
+        try:
+            self._publisher.finish()
+        finally:
+            self._wandb.finish(result)

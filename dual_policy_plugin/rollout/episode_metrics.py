@@ -18,10 +18,11 @@ class EpisodeMetrics:
     """Sums over the episodes that ended since the last `take`.
 
     An episode's return is a row's summed reward. The learner wins an episode in which its agents' mean return exceeds
-    the NPC agents' mean return; equal is half a win.
+    the NPC agents' mean return; equal is half a win. Where the env gives scores, their means are compared instead.
 
     Attributes:
-        returns: (num_envs, num_agents) float32, of the running episodes.
+        returns: (num_envs, num_agents) float64, of the running episodes: sums of float32 rewards are exact in it, so a
+            tie of fractions is a tie.
         is_counting: (num_envs,) bool, whether the running episode will count when it ends.
         sums: (num_npcs, num_fields) float64: episodes, wins, the two returns, then the env's counters of both.
     """
@@ -39,11 +40,11 @@ class EpisodeMetrics:
         """Args say which episodes count: `count_first` the one each env starts with, `count_later` all others."""
         self.assignment, self.pool, self.counters = assignment, pool, spec.counters
         self.num_npcs = 1 if pool is None else len(pool.npcs)
-        self.returns = torch.zeros(spec.num_envs, spec.num_agents, device=device)
+        self.returns = torch.zeros(spec.num_envs, spec.num_agents, dtype=torch.float64, device=device)
         self.is_counting = torch.full((spec.num_envs,), count_first, device=device)
         self._count_later = torch.tensor(count_later, device=device)
         # (num_agents, 2): sums over learner seats, over NPC seats, as one product
-        teams = torch.zeros(spec.num_agents, 2, device=device)
+        teams = torch.zeros(spec.num_agents, 2, dtype=torch.float64, device=device)
         teams[list(assignment.learner_seats), 0] = 1.0
         teams[list(assignment.npc_seats), 1] = 1.0
         self._teams = teams
@@ -55,14 +56,15 @@ class EpisodeMetrics:
         self.returns += result.rewards
         counted = result.episode_ends & self.is_counting  # (num_envs,)
         sides = self.returns @ self._teams  # (num_envs, 2): learner's and NPC's summed returns
+        verdict = sides if result.scores is None else result.scores.double() @ self._teams
         # mean_learner > mean_npc, compared by cross-multiplication so that ties are exact
-        difference = sides[:, 0] * self.assignment.num_npc - sides[:, 1] * self.assignment.num_learner
+        difference = verdict[:, 0] * self.assignment.num_npc - verdict[:, 1] * self.assignment.num_learner
         wins = 0.5 * (difference.sign() + 1.0)
         fields = [torch.ones_like(wins), wins, sides[:, 0], sides[:, 1]]
         if result.counters is not None and self.counters:
-            both = torch.einsum("eac,as->ecs", result.counters, self._teams)
+            both = torch.einsum("eac,as->ecs", result.counters.double(), self._teams)
             fields.extend(both.flatten(1).unbind(1))
-        rows = torch.stack(fields, dim=1).double() * counted.unsqueeze(1)  # (num_envs, num_fields)
+        rows = torch.stack(fields, dim=1) * counted.unsqueeze(1)  # (num_envs, num_fields)
         if self.pool is None or self.num_npcs == 1:
             self.sums[0] += rows.sum(dim=0)
         else:

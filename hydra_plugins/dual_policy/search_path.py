@@ -1,7 +1,11 @@
-"""Gives every Hydra app of this environment the config group `dual_policy`; imported at each app's start, so light."""
+"""Gives every Hydra app of this environment the group `dual_policy` and `${npc:...}`; run at its start, so light."""
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+from dual_policy_plugin.interpolation import register_resolver
+
+register_resolver()  # here, not in the class: a job in a process of its own imports this module and no more
 
 
 class DualPolicySearchPath(SearchPathPlugin):

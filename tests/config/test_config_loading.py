@@ -14,7 +14,7 @@ from dual_policy_plugin import config_loading
 from dual_policy_plugin.composition import CONFIG_DIR
 from dual_policy_plugin.config import Config, EvalsConfig, PolicySource, TrainerConfig, WandbConfig
 from dual_policy_plugin.config_loading import known_keys, load_config, load_dual_policy, nearest_key, read_hourly_cost
-from dual_policy_plugin.errors import ConfigError
+from dual_policy_plugin.errors import ConfigError, NpcError
 
 NPC = "builtin://arena/weak"
 DP = "trainer.dual_policy"
@@ -139,13 +139,15 @@ def test_a_fraction_that_cannot_be_is_refused(pct: str) -> None:
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        ([f"{DP}.checkpoint_npc.type=latest"], ["type='latest'", "not in this version yet", "type=specific"]),
-        ([f"{DP}.checkpoint_npc.range=3"], ["range=3", "not in this version yet"]),
-        ([f"{DP}.checkpoint_npc.metric=reward"], ["metric='reward'", "not in this version yet"]),
-        ([f"+{DP}.checkpoint_npc.filters.a=1"], ["filters={'a': 1}", "not in this version yet"]),
+        ([f"{DP}.checkpoint_npc.type=newest"], ["checkpoint_npc.type=newest", "specific, latest, top, rand or all"]),
+        ([f"{DP}.checkpoint_npc.range=3"], ["checkpoint_npc.range=3", "use latest, top or rand"]),
+        ([f"{DP}.checkpoint_npc.range=0"], ["checkpoint_npc.range=0", "from 1 to 1024"]),
+        ([f"{DP}.checkpoint_npc.metric=reward"], ["checkpoint_npc.metric=reward", "use type=top"]),
+        ([f"+{DP}.checkpoint_npc.filters.a=[1]"], ["checkpoint_npc.filters.a=[1]", "the value it must have"]),
+        ([f"{DP}.checkpoint_npc.name=a/b"], ["checkpoint_npc.name='a/b'", "64 letters, digits"]),
         ([f"{DP}.pool=[{{uri:x}}]"], ["pool=[{'uri': 'x'}]", "not in this version yet"]),
         ([f"{DP}.matchmaking=pfsp"], ["matchmaking='pfsp'", "not in this version yet"]),
-        ([f"{DP}.lock=npc.lock.json"], ["lock='npc.lock.json'", "not in this version yet"]),
+        ([f"{DP}.lock=[a]"], ["lock=['a']", "a path"]),
         ([f"{DP}.checkpoint_npc.act=best"], ["act='best'", "sample or greedy"]),
         ([f"{DP}.npc_type=robot"], ["npc_type='robot'", "checkpoint or scripted"]),
         ([f"{DP}.npc_type=scripted", f"{DP}.checkpoint_npc.uri=x.pt"], ["npc_type=scripted", "builtin://arena/hunter"]),
@@ -154,7 +156,7 @@ def test_a_fraction_that_cannot_be_is_refused(pct: str) -> None:
         ([f"{DP}.enabled=maybe"], ["enabled='maybe'", "true or false"]),
         ([f"{DP}.checkpoint_npc.uri=[a]"], ["checkpoint_npc.uri=['a']", "text"]),
         ([f"{DP}.checkpoint_npc.uri=null"], ["checkpoint_npc.uri is not set", "builtin://arena/medium"]),
-        ([f"{DP}.checkpoint_npc.uri='${{npc:x}}'"], [f"{DP}.checkpoint_npc.uri", "${npc:...}", "not in this version"]),
+        ([f"{DP}.checkpoint_npc.uri='${{npc:x}}'"], [f"{DP}.checkpoint_npc.uri", "x: no such file"]),
         ([f"{DP}.checkpoint_npc.uri=${{nowhere}}"], [f"{DP}.checkpoint_npc.uri", "nowhere"]),
         ([f"+{DP}.checkpoint_npc.ury=x"], [f"{DP}.checkpoint_npc.ury", f"did you mean {DP}.checkpoint_npc.uri?"]),
         ([f"+{DP}.training_agent_pct=1"], [f"did you mean {DP}.training_agents_pct?"]),
@@ -204,7 +206,24 @@ def test_initial_policy() -> None:
     assert config.trainer.initial_policy == PolicySource(uri="a.safetensors", agent="mlp", keep_optimizer=True)
     assert f"{key}.keep_optimizer=True is set without a checkpoint" in error_of(f"{key}.keep_optimizer=true")
     assert f"{key}.act='greedy' has no effect" in error_of(f"{key}.uri=a", f"{key}.act=greedy")
-    assert f"{key}.type='top'" in error_of(f"{key}.uri=a", f"{key}.type=top")
+    assert load(f"{key}.uri=a", f"{key}.type=latest").trainer.initial_policy == PolicySource(uri="a", type="latest")
+    assert "names several; a learner starts from one" in error_of(f"{key}.uri=a", f"{key}.type=top", f"{key}.range=2")
+    assert f"{key}.type='top' is set without a policy" in error_of(f"{key}.type=top")
+
+
+def test_a_selector_is_read() -> None:
+    node = f"{DP}.checkpoint_npc"
+    config = load(*ON, f"{node}.type=top", f"{node}.range=3", f"{node}.metric=win", f"+{node}.filters.run=a")
+    assert config.trainer.dual_policy.npc == PolicySource(
+        uri=NPC, type="top", range=3, metric="win", filters={"run": "a"}
+    )
+    assert load(*ON, f"{DP}.lock=a/npc.lock.json").trainer.dual_policy.lock == Path("a/npc.lock.json")
+
+
+def test_a_password_in_a_uri_is_refused_before_anything_is_written() -> None:
+    with pytest.raises(NpcError, match="holds a user name or password") as caught:
+        load(*ON, f"{DP}.checkpoint_npc.uri='s3://x:hunter2@bucket/k'")
+    assert "hunter2" not in str(caught.value)
 
 
 def test_a_user_file_without_its_header_is_refused() -> None:

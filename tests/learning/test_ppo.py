@@ -137,3 +137,14 @@ def test_all_agents_learn_without_an_npc() -> None:
     metrics = loop.iterate(1e-3)
     assert metrics["dual_policy/policy_a_agent_count"] == 3
     assert not any("npc" in name or "win_rate" in name for name in metrics)
+
+
+def test_a_rollout_in_which_no_learner_acted_changes_nothing() -> None:
+    """All learner agents of a small env may be out for a whole rollout while the NPC's play on."""
+    loop = make_loop(MemoryTask(8, 2))
+    before = loop.ppo.parameters.flat.detach().clone()
+    loop.collect()
+    loop.experience.weights = torch.zeros_like(loop.experience.rewards)
+    losses = loop.ppo.update(loop.experience, 1e-2)
+    assert all(torch.isfinite(value) for value in losses.values()), losses
+    assert torch.equal(loop.ppo.parameters.flat, before)

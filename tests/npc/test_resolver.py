@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dual_policy_plugin.config import PolicySource
 from dual_policy_plugin.errors import DigestError, NpcError, NpcNotFoundError
-from dual_policy_plugin.npc.resolver import read_verified, resolve
-from dual_policy_plugin.npc.sources import find_builtin
+from dual_policy_plugin.npc.cache import Cache
+from dual_policy_plugin.npc.lock import lock_entries, pin_locked
+from dual_policy_plugin.npc.resolver import (
+    hold_pinned,
+    read_verified,
+    request_text,
+    resolve,
+    resolve_all,
+    unique_names,
+)
+from dual_policy_plugin.npc.sources.builtin import find as find_builtin
 from dual_policy_plugin.npc.uri import parse_uri
+from tests.services.fixtures import s3_server  # noqa: F401
+from tests.services.s3_server import S3Server
 
 
 def write(path: Path, data: bytes = b"weights") -> Path:
@@ -205,3 +219,156 @@ def test_resolving_never_imports_torch() -> None:
         env={**os.environ, "PYTHONPATH": str(root)},
     )
     assert done.stdout == "False\n"
+
+
+def policy(tmp_path: Path, number: int, **metadata: object) -> bytes:
+    """A small policy file that says this about itself."""
+    text = json.dumps({"architecture": "mlp", "metadata": metadata})
+    header = json.dumps({"__metadata__": {"dual_policy": text}, "w": {"shape": [number], "dtype": "U8"}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(number)
+
+
+@pytest.fixture
+def scored(tmp_path: Path) -> Path:
+    """A run with epochs 1 to 6, of which 4 won most often and 3 says nothing about it."""
+    for epoch, rate in ((1, 0.1), (2, 0.2), (3, None), (4, 0.9), (5, 0.3), (6, 0.4)):
+        metrics = {} if rate is None else {"dual_policy/win_rate": rate}
+        data = policy(tmp_path, epoch, epoch=epoch, step=epoch * 100, kind=epoch % 2, metrics=metrics)
+        write(tmp_path / f"run/checkpoints/model_{epoch:04d}.safetensors", data)
+    return tmp_path / "run"
+
+
+def epochs(*, seed: int = 1, **selector: Any) -> list[int]:
+    return [pin.metadata["epoch"] for pin in resolve_all(PolicySource(**selector), seed=seed)]
+
+
+def test_selectors_over_a_directory(scored: Path) -> None:
+    uri, rate = str(scored), "dual_policy/win_rate"
+    assert epochs(uri=uri) == [6]
+    assert epochs(uri=uri, type="latest", range=3) == [6, 5, 4]
+    assert epochs(uri=uri, type="top", range=2) == [6, 5]
+    assert epochs(uri=uri, type="top", range=2, metric=rate, filters={"kind": 0}) == [4, 6]
+    assert epochs(uri=uri, type="all", filters={"kind": 1}) == [1, 3, 5]
+    drawn = epochs(uri=uri, type="rand", range=3, seed=5)
+    assert len(set(drawn)) == 3
+    assert epochs(uri=uri, type="rand", range=3, seed=5) == drawn
+    assert len({tuple(epochs(uri=uri, type="rand", range=3, seed=seed)) for seed in range(20)}) > 10
+    with pytest.raises(NpcError, match=r"run: 1 of 6 policies have no dual_policy/win_rate \(run.model_0003\)"):
+        epochs(uri=uri, type="top", metric=rate)
+
+
+def test_a_pin_of_a_selector_says_what_it_is(scored: Path) -> None:
+    (pinned,) = resolve_all(
+        PolicySource(uri=str(scored), type="top", metric="dual_policy/win_rate", filters={"kind": "0"}), seed=1
+    )
+    assert pinned.requested == f"{scored} type=top range=1 metric=dual_policy/win_rate filters.kind=0"
+    assert pinned.uri == f"file://{scored}/checkpoints/model_0004.safetensors"
+    assert pinned.name == "run.model_0004"
+    assert pinned.metadata["dual_policy/win_rate"] == 0.9
+    assert pinned.metadata["parameters"] == 4
+
+
+def test_every_policy_of_a_pool_has_a_name_of_its_own(scored: Path, tmp_path: Path) -> None:
+    named = resolve_all(PolicySource(uri=str(scored), type="latest", range=3, name="old"), seed=1)
+    assert [pin.name for pin in named] == ["old.0", "old.1", "old.2"]
+    for job in ("a", "b"):
+        write(tmp_path / f"runs/{job}/checkpoints/policy.pt", job.encode())
+    assert [pin.name for pin in resolve_all(PolicySource(uri=str(tmp_path / "runs"), type="all"), seed=1)] == [
+        "a.policy",
+        "b.policy",
+    ]
+    assert unique_names(["a", "b", "a", "a", "a-2"]) == ["a", "b", "a-2", "a-3", "a-2-2"]
+    assert len(set(unique_names(["x" * 64] * 12))) == 12
+
+
+def test_of_a_directory_of_runs_the_newest_checkpoint_of_each_is_a_candidate(tmp_path: Path) -> None:
+    for run, epoch, age in (("old", 900, 3000), ("new", 2, 1000)):
+        path = write(
+            tmp_path / f"runs/{run}/checkpoints/model_{epoch:04d}.safetensors", policy(tmp_path, 1, epoch=epoch)
+        )
+        write(path.with_name("model_0001.safetensors"), b"older")
+        os.utime(path, (1e9 - age, 1e9 - age))
+    # epochs of different runs say nothing about which is newer; the time does
+    assert epochs(uri=str(tmp_path / "runs"), type="latest") == [2]
+    assert epochs(uri=str(tmp_path / "runs"), type="top") == [900]
+    assert sorted(epochs(uri=str(tmp_path / "runs"), type="all")) == [2, 900]
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(NpcNotFoundError, match=r"no checkpoint in .*; .* is empty"):
+        resolve_all(PolicySource(uri=str(tmp_path / "nothing"), type="all"), seed=1)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    monkeypatch.setenv("DUAL_POLICY_CACHE", str(tmp_path / "cache"))
+    return Cache()
+
+
+def test_what_comes_from_s3_is_fetched_once_and_verified(s3_server: S3Server, cache: Cache, tmp_path: Path) -> None:  # noqa: F811
+    client = s3_server.client()
+    client.create_bucket(Bucket="policies")
+    data = {epoch: policy(tmp_path, 1000 + epoch, epoch=epoch) for epoch in (1, 2, 3)}
+    for epoch, content in data.items():
+        client.put_object(Bucket="policies", Key=f"a/checkpoints/model_{epoch:04d}.safetensors", Body=content)
+    source = PolicySource(uri="s3://policies/a/", type="latest", range=2)
+    pinned = resolve_all(source, seed=1)
+    assert [pin.uri.rpartition("/")[2] for pin in pinned] == ["model_0003.safetensors", "model_0002.safetensors"]
+    assert [pin.sha256 for pin in pinned] == [hashlib.sha256(data[epoch]).hexdigest() for epoch in (3, 2)]
+    assert [pin.path for pin in pinned] == [None, None]
+    assert len(cache.ls()) == 2
+    assert resolve_all(source, seed=1) == pinned
+    lock = lock_entries(pinned, "now")
+    s3_server.faults.add("GET", "status:503", times=100)  # from here on the cache alone can answer
+    assert pin_locked(lock, source_text := request_text(source)) == pinned
+    assert source_text == "s3://policies/a/ type=latest range=2"
+    with hold_pinned(pinned):
+        assert cache.prune(0) == []
+    assert [read_verified(pin) for pin in pinned] == [data[3], data[2]]
+
+
+def test_an_object_that_was_overwritten_stops_a_resume(s3_server: S3Server, cache: Cache, tmp_path: Path) -> None:  # noqa: F811
+    client = s3_server.client()
+    client.create_bucket(Bucket="policies")
+    client.put_object(Bucket="policies", Key="model.pt", Body=b"first")
+    pinned = resolve("s3://policies/model.pt")
+    client.put_object(Bucket="policies", Key="model.pt", Body=b"other")
+    assert read_verified(pinned) == b"first"  # still in the cache
+    assert resolve("s3://policies/model.pt").sha256 == hashlib.sha256(b"other").hexdigest()
+    cache.prune(0)
+    with pytest.raises(DigestError, match=r"s3://policies/model.pt: pinned as sha256 [0-9a-f]{12} \(5 bytes\), now"):
+        read_verified(pinned)
+    client.delete_object(Bucket="policies", Key="model.pt")
+    with pytest.raises(NpcNotFoundError, match=r"s3://policies/model.pt: no such object"):
+        read_verified(pinned)
+
+
+def test_damage_in_the_cache_is_mended_from_the_source(s3_server: S3Server, cache: Cache) -> None:  # noqa: F811
+    client = s3_server.client()
+    client.create_bucket(Bucket="policies")
+    client.put_object(Bucket="policies", Key="model.pt", Body=b"weights")
+    pinned = resolve("s3://policies/model.pt")
+    cache.path(pinned.sha256).write_bytes(b"WEIGHTS")
+    assert read_verified(pinned) == b"weights"
+    assert cache.get("", pinned.sha256) == b"weights"
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_not_in_the_way(
+    s3_server: S3Server,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    write(tmp_path / "file")
+    monkeypatch.setenv("DUAL_POLICY_CACHE", str(tmp_path / "file"))
+    client = s3_server.client()
+    client.create_bucket(Bucket="policies")
+    client.put_object(Bucket="policies", Key="model.pt", Body=b"weights")
+    pinned = resolve("s3://policies/model.pt")
+    assert read_verified(pinned) == b"weights"
+    assert "set DUAL_POLICY_CACHE to a folder with room" in caplog.text
+
+
+def test_a_file_whose_path_a_config_would_interpolate_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "${oc.env:HOME}/model.pt")
+    (tmp_path / "link").symlink_to(tmp_path / "${oc.env:HOME}/model.pt")
+    with pytest.raises(NpcError, match="for an interpolation; rename the file"):
+        resolve(str(tmp_path / "link"))

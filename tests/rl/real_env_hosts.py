@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -69,3 +70,20 @@ class Clock:
 
 def make_clock(index: int, *, length: int = 4) -> Clock:
     return Clock(length)
+
+
+class Logged(Clock):
+    """A Clock that writes down the seed of each of its episodes."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(length=8)
+        self.path = path
+
+    def reset(self, seed: int | None = None, options: Any = None) -> Any:
+        with Path(self.path).open("a") as file:
+            file.write(f"{seed}\n")
+        return super().reset(seed, options)
+
+
+def make_logged(index: int, *, path: str) -> Logged:
+    return Logged(path)

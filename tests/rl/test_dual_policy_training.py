@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import dual_policy_plugin
 from dual_policy_plugin.checkpoint import decode_policy, read_safetensors
 from dual_policy_plugin.config import (
     AgentConfig,
@@ -21,7 +23,7 @@ from dual_policy_plugin.config import (
     TrainerConfig,
 )
 from dual_policy_plugin.envs.arena import make_arena
-from dual_policy_plugin.errors import ConfigError
+from dual_policy_plugin.errors import ConfigError, RunError
 from dual_policy_plugin.policies.build import build_policy
 from dual_policy_plugin.policies.learner import Learner
 from dual_policy_plugin.policies.loading import load_policy_from_checkpoint
@@ -365,3 +367,58 @@ def test_every_documented_metric_is_there(tmp_path: Path) -> None:
     assert expected <= names
     timing = set().union(*lines_of(tmp_path / "small" / "timing.jsonl"))
     assert {"charts/learner_SPS", "charts/env_agent_SPS"} <= timing
+
+
+def test_no_checkpoint_stands_without_the_metrics_it_was_made_at(tmp_path: Path) -> None:
+    """A run that dies while it saves has the iteration's line already: else a continued run would never write it."""
+    blocked = tmp_path / "small" / "checkpoints" / "best.safetensors" / "in the way"
+    blocked.mkdir(parents=True)
+    with pytest.raises(RunError, match=r"best\.safetensors could not be written"):
+        train(small_config(tmp_path, total_timesteps=8192, checkpoint_interval=4), resolved_yaml="a: 1\n")
+    assert (tmp_path / "small/checkpoints/model_0004.safetensors").exists()
+    assert [line["iteration"] for line in lines_of(tmp_path / "small/metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_continued_run_does_not_look_for_its_optimizer_again(tmp_path: Path) -> None:
+    train(small_config(tmp_path, "first"), resolved_yaml="a: 1\n")
+    source = PolicySource(uri=str(tmp_path / "first/checkpoints/model_0004.safetensors"), keep_optimizer=True)
+    train(small_config(tmp_path, "second", initial_policy=source), resolved_yaml="a: 1\n")
+    train(small_config(tmp_path, "first", total_timesteps=8192), resolved_yaml="a: 1\n")  # its optimizer goes on
+    longer = small_config(tmp_path, "second", initial_policy=source, total_timesteps=8192)
+    assert train(longer, resolved_yaml="a: 1\n")["agent_step"] == 8192
+
+
+def test_opponents_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    builtins = {"one": "weak", "two": "strong"}
+    for folder, name in builtins.items():
+        (tmp_path / folder).mkdir()
+        shutil.copy(
+            Path(dual_policy_plugin.__file__).parent / f"builtin/arena/{name}.safetensors",
+            tmp_path / folder / "old.safetensors",
+        )
+    opponents = [str(tmp_path / folder / "old.safetensors") for folder in builtins]
+    config = small_config(tmp_path, total_timesteps=2048, evaluate_interval=1, best_metric="evals/old-2/win_rate")
+    result = train(replace(config, evals=EvalsConfig(episodes=32, opponents=opponents)), resolved_yaml="a: 1\n")
+    assert [match["opponent"] for match in result["evals"]] == ["old", "old-2"]
+    first = lines_of(tmp_path / "small/metrics.jsonl")[0]
+    assert {"evals/old/win_rate", "evals/old-2/win_rate"} <= first.keys()
+
+
+def test_opponents_without_a_seat_are_refused(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    trainer = replace(config.trainer, dual_policy=DualPolicyConfig())
+    evals = EvalsConfig(episodes=32, opponents=["builtin://arena/weak"])
+    with pytest.raises(ConfigError, match=r"evals.opponents=.* would find no seat: all agents learn"):
+        train(replace(config, trainer=trainer, evals=evals), resolved_yaml="a: 1\n")
+
+
+def test_best_by_an_evaluation_that_happens_at_the_end_only_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"best_metric=evals/random/win_rate .* set trainer.evaluate_interval"):
+        train(small_config(tmp_path, best_metric="evals/random/win_rate"), resolved_yaml="a: 1\n")
+
+
+def test_a_layout_waits_while_the_npc_is_switched_off(tmp_path: Path) -> None:
+    config = small_config(tmp_path, total_timesteps=1)
+    dual = DualPolicyConfig(enabled=False, assignment=[4, 5, 6, 7])
+    result = train(replace(config, trainer=replace(config.trainer, dual_policy=dual)), resolved_yaml="a: 1\n")
+    assert result["metrics"]["dual_policy/policy_a_agent_count"] == 8

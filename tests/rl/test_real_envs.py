@@ -44,7 +44,7 @@ from dual_policy_plugin.train import train
 from dual_policy_plugin.types import EnvSpec, StepResult, VecEnv
 from tests.envs.toy_envs import make_late_puffer, make_script
 from tests.harness import CPU, Loop, make_loop
-from tests.rl.real_env_hosts import make_clock, make_surveyed
+from tests.rl.real_env_hosts import make_clock, make_logged, make_surveyed
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -471,3 +471,24 @@ def test_the_page_on_own_envs_runs_from_top_to_bottom(tmp_path: Path, monkeypatc
     )
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"win rate \d\.\d\d", done.stdout.strip().splitlines()[-1])
+
+
+def test_a_continued_run_plays_new_episodes(tmp_path: Path) -> None:
+    seeds = tmp_path / "seeds"
+
+    def config(steps: int) -> Config:
+        trainer = TrainerConfig(total_timesteps=steps, horizon=8, num_minibatches=2, threads=1, num_workers=1)
+        env = EnvConfig(name="logged", num_envs=2, args={"path": str(seeds)})
+        return Config(
+            run="a", train_dir=tmp_path, device="cpu", env=env, trainer=trainer, evals=EvalsConfig(episodes=0)
+        )
+
+    train(config(320), resolved_yaml="a: 1\n", make_host=make_logged)
+    before = seeds.read_text().split()
+    seeds.unlink()
+    train(config(640), resolved_yaml="a: 1\n", make_host=make_logged)
+    after = seeds.read_text().split()
+    assert len(before) == len(set(before)) >= 2 * 10
+    assert after[:2] == before[:2]  # every run makes its envs ready with its own seed
+    assert len(set(after[2:])) == len(after[2:]) >= 2 * 10
+    assert not set(before) & set(after[2:])

@@ -52,6 +52,16 @@ def test_returns_and_wins_by_hand() -> None:
     assert set(again) == {"dual_policy/policy_a_agent_count", "dual_policy/npc_agent_count"}  # absent, not zero
 
 
+def test_an_env_may_say_itself_who_won() -> None:
+    metrics = make(assign(2, 0.5), 2)
+    result = step([[9, 0], [9, 0]], [True, True])
+    result.scores = torch.tensor([[0.0, 1.0], [0.5, 0.5]])
+    metrics.add(result)
+    figures = metrics.take(Ranks())
+    assert figures["dual_policy/win_rate"] == 0.25  # a loss and a draw, whatever the returns
+    assert figures["dual_policy/policy_a_reward"] == 9
+
+
 def test_a_tie_of_thirds_is_exact() -> None:
     metrics = make(assign(4, 0.25), 1)
     for rewards in ([0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0], [1, 0, 0, 1]):
@@ -98,3 +108,16 @@ def test_a_pool_has_figures_for_each_npc() -> None:
     assert figures["dual_policy/npc/old/win_rate"] == 1.0
     assert figures["dual_policy/npc/new/win_rate"] == pytest.approx(1 / 3)
     assert (figures["dual_policy/npc/old/share"], figures["dual_policy/npc/new/episodes"]) == (0.25, 3)
+
+
+def test_a_tie_of_fractional_rewards_is_half_a_win() -> None:
+    """All eight agents get the same rewards: whatever those are, five of them have the mean of the other three."""
+    torch.manual_seed(0)
+    metrics = make(assign(8, 0.6), 500)
+    for _ in range(25):
+        metrics.add(step(torch.randn(500, 1).expand(-1, 8).tolist(), [False] * 500))
+    metrics.add(step([[0.1] * 8] * 500, [True] * 500))
+    figures = metrics.take(Ranks())
+    assert metrics.assignment.num_learner == 5
+    assert float(metrics.sums.abs().sum()) == 0.0
+    assert figures["dual_policy/win_rate"] == 0.5

@@ -1,0 +1,268 @@
+"""`dual-policy npc`: what a URI or a selector names, what a policy file holds, lock files, and the cache.
+
+    dual-policy npc resolve URI [--type --range --metric --filter k=v] [--json]
+    dual-policy npc inspect FILE [--json]
+    dual-policy npc lock CONFIG... [--output npc.lock.json]
+    dual-policy npc cache {ls,prune,verify}
+
+Standard output holds the answer and nothing else; notes go to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from dual_policy_plugin.commands import npc_facts
+from dual_policy_plugin.commands.npc_cache import run_cache
+from dual_policy_plugin.commands.words import format_table, parse_words
+from dual_policy_plugin.config import SELECTOR_TYPES, Config, PolicySource, check_selector
+from dual_policy_plugin.errors import ConfigError, NpcError, RunError
+from dual_policy_plugin.files import encode_json
+from dual_policy_plugin.npc.lock import (
+    ROLES,
+    LockEntry,
+    lock_entries,
+    locked_as,
+    parse_lock,
+    pin_locked,
+    read_lock,
+    write_lock,
+)
+from dual_policy_plugin.npc.resolver import request_text, resolve, resolve_all, unique_names
+
+LOCK_NAME = "npc.lock.json"
+Answer = tuple[str, int]
+"""What goes to standard output, and the exit code."""
+
+
+def run(words: list[str]) -> int:
+    """Runs `dual-policy npc <words>` and returns the exit code."""
+    if not words or words[0] in ("-h", "--help", "help"):
+        print("usage: dual-policy npc COMMAND [...]\n\ncommands:")
+        for name, (_, summary) in _COMMANDS.items():
+            print(f"  {name:8} {summary}")
+        print("\n`dual-policy npc COMMAND --help` says more.")
+        return 0
+    if words[0] not in _COMMANDS:
+        near = difflib.get_close_matches(words[0], _COMMANDS, n=1)
+        hint = f"did you mean `dual-policy npc {near[0]}`? " if near else ""
+        raise ConfigError(f"npc {words[0]} is not a command; {hint}there are {', '.join(_COMMANDS)}")
+    text, exit_code = _COMMANDS[words[0]][0](words[1:])
+    if text:
+        print(text)
+    return exit_code
+
+
+def resolve_policies(words: list[str]) -> Answer:
+    """`npc resolve`: the policies that a URI or a selector names now, pinned, as a table or as JSON."""
+    parser = argparse.ArgumentParser(
+        prog="dual-policy npc resolve",
+        description="Pins the policies that a URI names, as a run would, and shows what they are.",
+        epilog="The selector's options are the keys of trainer.dual_policy.checkpoint_npc.",
+    )
+    parser.add_argument("uri", metavar="URI", help="path, file://, wandb://, s3:// or builtin://")
+    parser.add_argument("--type", default="specific", help=f"{', '.join(SELECTOR_TYPES)} (specific)")
+    parser.add_argument("--range", default=1, type=_whole, help="how many of them (1)")
+    parser.add_argument("--metric", default="epoch", help="what `top` orders by; shown as a column (epoch)")
+    parser.add_argument(
+        "--filter", default=[], action="append", type=_filter, metavar="KEY=VALUE", help="what the metadata must say"
+    )
+    parser.add_argument("--seed", default=1, type=_whole, help="the run's seed, which `rand` draws with (1)")
+    parser.add_argument("--json", action="store_true", help="all that is known, as a list of objects")
+    args = parse_words(parser, words)
+    metric = args.metric if args.type == "top" else "epoch"
+    filters = dict(args.filter) or None
+    check_selector("--", type=args.type, range=args.range, metric=metric, filters=filters, name=None)
+    source = PolicySource(uri=args.uri, type=args.type, range=args.range, metric=metric, filters=filters)
+    with _clients_silenced():
+        found = [npc_facts.describe(pinned) for pinned in resolve_all(source, seed=args.seed)]
+    for _, trouble in found:
+        if trouble:
+            print(f"note: {trouble}", file=sys.stderr)
+    if args.json:
+        return encode_json([facts for facts, _ in found], indent=2), 0
+    return format_table(npc_facts.header(args.metric), [npc_facts.row(facts, args.metric) for facts, _ in found]), 0
+
+
+def inspect_policy(words: list[str]) -> Answer:
+    """`npc inspect`: what one policy file holds, after every check that loading makes of it."""
+    parser = argparse.ArgumentParser(
+        prog="dual-policy npc inspect",
+        description="Reads one policy file, checks all of it, runs nothing, and says what it holds.",
+    )
+    parser.add_argument("file", metavar="FILE", help="a .safetensors or .pt file; any URI will do")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor too")
+    parser.add_argument("--json", action="store_true", help="as one object, tensors included")
+    args = parse_words(parser, words)
+    with _clients_silenced():
+        pinned = resolve(args.file)
+        held = npc_facts.contents(pinned)
+        facts, _ = npc_facts.describe(pinned)
+    if args.json:
+        return encode_json(facts | held, indent=2), 0
+    lines = npc_facts.as_lines(facts, held, with_tensors=args.tensors)
+    return format_table(lines[0], lines[1:]), 0
+
+
+def lock_policies(words: list[str]) -> Answer:
+    """`npc lock`: pins the policies of configs and writes the lock that `trainer.dual_policy.lock=` takes."""
+    parser = argparse.ArgumentParser(
+        prog="dual-policy npc lock",
+        description="Pins the NPCs of a config without training. Train from the lock with "
+        "trainer.dual_policy.lock=PATH, anywhere and any number of times.",
+        epilog="CONFIG is what `dual-policy train` takes (+user=mine, key=value), a file with a defaults list, or the "
+        "config.yaml of a run; several files give one lock.",
+    )
+    parser.add_argument("config", nargs="+", metavar="CONFIG", help="overrides, or .yaml files")
+    parser.add_argument("-o", "--output", type=Path, default=Path(LOCK_NAME), help=f"({LOCK_NAME})")
+    args = parse_words(parser, words, is_mixed=True)
+    _check_no_run(args.output)
+    entries = _pin_all(_read_configs(args.config), datetime.now(UTC).isoformat(timespec="seconds"))
+    if not entries:
+        raise ConfigError(
+            f"{' '.join(args.config)}: no NPC in this config; add +dual_policy=checkpoint and "
+            "trainer.dual_policy.checkpoint_npc.uri="
+        )
+    before = {(one.role, one.name): one.sha256 for one in _locked_before(args.output)}
+    write_lock(args.output, entries)
+    for one in entries:
+        mark = " (changed)" if before and before.get((one.role, one.name)) != one.sha256 else ""
+        print(f"{one.role} {one.name}: {one.uri} sha256 {one.sha256[:12]}{mark}", file=sys.stderr)
+    return str(args.output), 0
+
+
+def _pin_all(configs: list[Config], when: str) -> list[LockEntry]:
+    """What the runs of all configs would lock; what several ask for in one way stands there once.
+
+    Raises:
+        ConfigError: the same request means different policies, for example drawn with different seeds: a run that
+            looks its request up in the lock would find both.
+    """
+    by_request: dict[tuple[str, str], list[LockEntry]] = {}
+    for config in configs:
+        for role, source in _sources(config):
+            found = _pin(source, role, config, when)
+            before = by_request.setdefault((role, found[0].requested), found)
+            if [(one.uri, one.sha256) for one in before] != [(one.uri, one.sha256) for one in found]:
+                raise ConfigError(
+                    f"{found[0].requested} means other policies in another of the configs; give each its own --output"
+                )
+    entries = [one for found in by_request.values() for one in found]
+    for role in ROLES:  # policies are told apart by their names, within their role
+        places = [i for i, one in enumerate(entries) if one.role == role]
+        for i, name in zip(places, unique_names([entries[i].name for i in places]), strict=True):
+            entries[i] = replace(entries[i], name=name)
+    return entries
+
+
+def _pin(source: PolicySource, role: str, config: Config, when: str) -> list[LockEntry]:
+    """The entries of one request: from the lock that the config itself names, as a run would, else resolved now."""
+    given, requested = config.trainer.dual_policy.lock, request_text(source)
+    offered = (
+        () if given is None else read_lock(given) if isinstance(given, Path) else parse_lock(given, "the config's lock")
+    )
+    with _clients_silenced():
+        if (known := locked_as(offered, requested, role=role)) or (given is not None and role == "npc"):
+            pin_locked(offered, requested, role=role)  # stops where other bytes stand by now
+            return list(known)
+        return list(lock_entries(resolve_all(source, seed=config.seed), when, role=role))
+
+
+def _sources(config: Config) -> list[tuple[str, PolicySource]]:
+    """The policies that a run of this config pins, each with its role in the lock."""
+    npc, initial = config.trainer.dual_policy.npc, config.trainer.initial_policy
+    sources = [("npc", npc), ("initial", initial)]
+    opponents = [("opponent", PolicySource(uri=uri)) for uri in config.evals.opponents]
+    return [(role, source) for role, source in sources if source is not None] + opponents
+
+
+def _read_configs(words: list[str]) -> list[Config]:
+    """The configs that are meant: files one by one, each with the overrides; without files the overrides alone."""
+    from dual_policy_plugin.composition import compose_config
+
+    paths = [Path(word) for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
+    overrides = [word for word in words if Path(word) not in paths]
+    if not paths:
+        return [compose_config(overrides)[0]]
+    return [_read_config(path, overrides) for path in paths]
+
+
+def _read_config(path: Path, overrides: list[str]) -> Config:
+    """The config in a file: one to compose with ours (a defaults list, a `@package` line), or one that is whole."""
+    from omegaconf import DictConfig, OmegaConf
+
+    from dual_policy_plugin.composition import compose_config, search_path
+    from dual_policy_plugin.config_loading import load_config
+    from dual_policy_plugin.interpolation import keep_requested
+
+    try:
+        text = path.read_text("utf-8")
+        cfg = OmegaConf.create(text)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or type(error).__name__}") from error
+    except Exception as error:
+        if not type(error).__module__.startswith(("yaml.", "omegaconf.")) and not isinstance(error, ValueError):
+            raise
+        raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(cfg, DictConfig):
+        raise ConfigError(f"{path} is no config; a config has keys such as trainer")
+    folder = path.resolve().parent
+    if re.search(r"^#\s*@package", text, re.MULTILINE):
+        return compose_config([search_path(folder.parent), f"+{folder.name}={path.stem}", *overrides])[0]
+    if "defaults" in cfg:
+        return compose_config(overrides, folder=folder, primary=path.stem)[0]
+    if overrides:
+        raise ConfigError(f"{overrides[0]} cannot be added to {path}, which is a whole config; change it in the file")
+    return load_config(keep_requested(cfg))
+
+
+def _locked_before(output: Path) -> tuple[LockEntry, ...]:
+    """The lock that is to be replaced; anything else at its place is left alone."""
+    if not output.exists():
+        return ()
+    try:
+        return read_lock(output)
+    except NpcError as error:
+        raise RunError(f"{error}; or choose another --output") from error
+
+
+def _check_no_run(output: Path) -> None:
+    """The lock of a run that has begun is its record, and no command's to replace."""
+    if output.name == LOCK_NAME and any((output.parent / "checkpoints").glob("model_*")):
+        raise RunError(f"{output} is the lock of a run that has begun; choose another --output")
+    if output.is_dir():
+        raise RunError(f"{output} is a folder; name the file, for example {output / LOCK_NAME}")
+
+
+def _filter(word: str) -> tuple[str, str]:
+    key, equals, value = word.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"{word!a} is no KEY=VALUE, for example run=my_experiment")
+    return key, value
+
+
+def _whole(word: str) -> int:
+    if re.fullmatch(r"[0-9]{1,9}", word) is None:
+        raise argparse.ArgumentTypeError(f"{word!a} is no whole number")
+    return int(word)
+
+
+def _clients_silenced() -> contextlib.AbstractContextManager[object]:
+    """Whatever a client library prints goes to standard error."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
+_COMMANDS: dict[str, tuple[Callable[[list[str]], Answer], str]] = {
+    "resolve": (resolve_policies, "the policies that a URI or a selector names, pinned"),
+    "inspect": (inspect_policy, "what one policy file holds"),
+    "lock": (lock_policies, "pin the NPCs of a config without training"),
+    "cache": (run_cache, "fetched policies: ls, prune, verify"),
+}

@@ -1,0 +1,85 @@
+"""`${npc:<uri>}` in the config of any Hydra app: the immutable URI of the policy that the text inside means now.
+
+The plugin registers it (`hydra_plugins/dual_policy/search_path.py`) at the start of every Hydra app, so importing this
+is light. A config asks each question once: OmegaConf keeps the answer with the config, and with its copies.
+
+In our own app a policy's URI may be written so too. There the run's lock pins it, under the text that the user wrote:
+`keep_requested` puts that text back, so that a restart plays the locked policy and not what `latest` means by then.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+RESOLVER = "npc"
+_TEXT_RESOLVER = "npc_text"
+# The policies that a run pins and locks: the nodes that hold them, and the names in those; a list is taken whole.
+_URI_NAMES = ("uri", "checkpoint_path", "policy_uri")
+_POLICY_NODES = ("trainer.dual_policy.checkpoint_npc", "trainer.initial_policy", "evals.opponents")
+_WHOLE = re.compile(rf"\$\{{{RESOLVER}:(.*)\}}", re.DOTALL)
+
+
+def register_resolver() -> None:
+    """Makes `${npc:...}` known to OmegaConf; an app's own resolver of that name stays."""
+    if not OmegaConf.has_resolver(RESOLVER):
+        OmegaConf.register_new_resolver(RESOLVER, pinned_uri, use_cache=True)
+    if not OmegaConf.has_resolver(_TEXT_RESOLVER):
+        OmegaConf.register_new_resolver(_TEXT_RESOLVER, _one_text)
+
+
+def pinned_uri(*words: object) -> str:
+    """The immutable URI of what `${npc:<uri>}` names now; a relative path begins where the app was started.
+
+    Raises:
+        NpcError: the text is not one URI, or nothing can be had there.
+    """
+    from dual_policy_plugin.config import PolicySource
+    from dual_policy_plugin.npc.resolver import choose
+
+    (found,) = choose(PolicySource(uri=_one_text(*words)), seed=0, base=_start_folder())
+    return found.uri  # found, not fetched: whoever plays it fetches and verifies it
+
+
+def keep_requested(cfg: DictConfig) -> DictConfig:
+    """A copy of our app's config in which `${npc:X}` as a policy's whole URI is X, for the run to pin and lock."""
+    result = copy.deepcopy(cfg)
+    for key in _POLICY_NODES:
+        node = OmegaConf.select(result, key)
+        if not isinstance(node, DictConfig | ListConfig):
+            continue
+        raw: Any = OmegaConf.to_container(node, resolve=False)
+        places: Sequence[Any] = (
+            [name for name in _URI_NAMES if name in raw] if isinstance(raw, dict) else range(len(raw))
+        )
+        for place in places:
+            text = raw[place]
+            match = _WHOLE.fullmatch(text) if isinstance(text, str) else None
+            if match is not None:
+                node[place] = f"${{{_TEXT_RESOLVER}:{match[1]}}}"
+    return result
+
+
+def _one_text(*words: object) -> str:
+    if len(words) == 1 and type(words[0]) in (str, int):  # a bool is an int, and no name
+        return str(words[0])
+    from dual_policy_plugin.errors import NpcError
+    from dual_policy_plugin.npc.uri import holds_credentials
+
+    shown = ",".join(map(str, words))
+    shown = "..." if any(holds_credentials(str(word)) for word in words) else shown
+    raise NpcError(
+        f"${{npc:{shown}}} does not hold one URI; put it into quotes, for example ${{npc:'{shown or 'URI'}'}}"
+    )
+
+
+def _start_folder() -> Path | None:
+    """Where the Hydra app was started, also if the job has a working directory of its own; None outside of a job."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return Path(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else None

@@ -1,0 +1,76 @@
+"""The learner's normalization: right far from zero, of acting agents only, and in the net's own order of features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dual_policy_plugin.config import AgentConfig
+from dual_policy_plugin.distributed import Ranks
+from dual_policy_plugin.experience import Experience, allocate_experience
+from dual_policy_plugin.npc.resolver import PinnedPolicy, resolve
+from dual_policy_plugin.policies.binding import BoundPolicy
+from dual_policy_plugin.policies.learner import Learner, build_learner
+from dual_policy_plugin.types import EnvSpec, ObservationSpace
+from tests.harness import CPU
+
+HORIZON, NUM_ROWS = 32, 64
+
+
+def spec(features: tuple[str, ...]) -> EnvSpec:
+    space = ObservationSpace(kind="vector", shape=(len(features),), features=features)
+    return EnvSpec(
+        name="toy", num_envs=NUM_ROWS, num_agents=1, observation_space=space, actions=("a", "b"),
+        max_episode_steps=9, has_weights=True,
+    )  # fmt: skip
+
+
+def learner_of(features: tuple[str, ...], initial: PinnedPolicy | None = None) -> Learner:
+    return build_learner(
+        AgentConfig(name="mlp", args={"hidden_size": 8}), spec(features), seed=1, initial=initial, initial_agent=None,
+        dtype=torch.float32, device=CPU,
+    )  # fmt: skip
+
+
+def experience_of(obs: Tensor) -> Experience:
+    """All rows act and see `obs` (HORIZON + 1, NUM_ROWS, num_features)."""
+    features = tuple(f"f{i}" for i in range(obs.shape[2]))
+    experience = allocate_experience(spec(features), horizon=HORIZON, num_rows=NUM_ROWS, state_size=0, device=CPU)
+    experience.obs.copy_(obs)
+    experience.weights.fill_(1.0)
+    return experience
+
+
+def test_statistics_of_features_far_from_zero() -> None:
+    torch.manual_seed(0)
+    learner = learner_of(("f0", "f1"))
+    seen = []
+    for _ in range(3):
+        obs = torch.randn(HORIZON + 1, NUM_ROWS, 2) * torch.tensor([0.5, 0.1]) + torch.tensor([20_000.0, -5000.0])
+        learner.update_statistics(experience_of(obs), Ranks())
+        seen.append(obs[:-1].flatten(0, 1).double())
+    data = torch.cat(seen)
+    torch.testing.assert_close(learner.inner.encoder.mean.double(), data.mean(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(learner.inner.encoder.var.double(), data.var(0, unbiased=False), rtol=0.02, atol=0)
+
+
+def test_empty_seats_have_no_say() -> None:
+    learner = learner_of(("f0",))
+    experience = experience_of(torch.full((HORIZON + 1, NUM_ROWS, 1), 3.0))
+    experience.obs[:, NUM_ROWS // 2 :] = 0.0  # what an empty seat sees
+    experience.weights[:, NUM_ROWS // 2 :] = 0.0
+    learner.update_statistics(experience, Ranks())
+    assert learner.inner.encoder.mean.tolist() == [3.0]
+    assert float(learner.inner.encoder.count) == HORIZON * NUM_ROWS / 2
+
+
+def test_an_initial_policy_keeps_its_own_order_of_features(tmp_path: Path) -> None:
+    path = tmp_path / "first.safetensors"
+    path.write_bytes(learner_of(("hearts", "ore")).encode({"epoch": 0, "step": 0}))
+    learner = learner_of(("ore", "hearts"), resolve(str(path)))
+    assert isinstance(learner.policy, BoundPolicy)
+    obs = torch.tensor([5.0, -2.0]).expand(HORIZON + 1, NUM_ROWS, 2)  # ore 5, hearts -2
+    learner.update_statistics(experience_of(obs), Ranks())
+    assert learner.inner.encoder.mean.tolist() == [-2.0, 5.0]
