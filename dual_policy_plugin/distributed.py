@@ -45,7 +45,10 @@ def join_ranks(device_type: str) -> Ranks:
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
     if ranks.world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        dist.init_process_group(
+            "nccl" if device_type == "cuda" else "gloo",
+            timeout=timedelta(hours=1),  # the others wait while rank 0 evaluates
+        )
     return ranks
 
 

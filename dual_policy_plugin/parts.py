@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dual_policy_plugin.config import Config, TrainerConfig
 from dual_policy_plugin.distributed import Ranks
-from dual_policy_plugin.envs.build import make_env
+from dual_policy_plugin.envs.build import env_bytes, make_env
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.evaluate import assign_seats, load_opponents, opponent_sources
 from dual_policy_plugin.experience import Experience, allocate_experience, experience_bytes
@@ -95,6 +96,9 @@ def build_parts(
     pinned = pins.of_role("npc", wishes)
 
     # where they play, and on which seats
+    check_memory(
+        {"env": env_bytes(config.env)}, available_bytes(device), str(device), num_envs=config.env.num_envs, horizon=0
+    )
     num_envs, first_env = config.env.num_envs, ranks.rank * config.env.num_envs
     env = stack.enter_context(
         closing(
@@ -121,7 +125,7 @@ def build_parts(
         device=device,
     )
     num_rows = num_envs * assignment.num_learner
-    _check_fits(config, spec, num_rows, learner, device)
+    _check_fits(config, spec, num_rows, [learner.policy, *(npc.policy for npc in npcs)], device)
 
     # what a rollout and an update need, allocated once
     pool = NpcPool(npcs, num_envs=num_envs, num_npc=assignment.num_npc, device=device) if npcs else None
@@ -159,14 +163,20 @@ def build_parts(
     )
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
     """The device that `device=` names; auto takes CUDA where there is one.
+
+    Args:
+        name: auto, cpu, cuda or cuda:N.
+        local_rank: which process of this machine we are: auto and cuda give each its own GPU.
 
     Raises:
         ConfigError: no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.device_count() > 1:
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -201,13 +211,13 @@ def _check_best_metric(config: Config, metrics: EpisodeMetrics, opponents: list[
         raise ConfigError(f"trainer.best_metric={name} is no metric of this run; did you mean {near}?")
 
 
-def _check_fits(config: Config, spec: EnvSpec, num_rows: int, learner: Learner, device: torch.device) -> None:
-    """Compares an estimate of the run's memory with what is free, before anything big is allocated."""
+def _check_fits(config: Config, spec: EnvSpec, num_rows: int, policies: list[nn.Module], device: torch.device) -> None:
+    """Compares an estimate of what the run will allocate with what is free; `policies` begins with the learner."""
     horizon, minibatches = config.trainer.horizon, config.trainer.num_minibatches
     if num_rows < minibatches:
         raise ConfigError(f"trainer.num_minibatches={minibatches} is more than the {num_rows} learner rows; use fewer")
-    state_size = int(learner.policy.state_size)  # type: ignore[arg-type]
-    num_parameters = sum(parameter.numel() for parameter in learner.policy.parameters())
+    state_size = int(policies[0].state_size)  # type: ignore[arg-type]
+    num_parameters = sum(parameter.numel() for policy in policies for parameter in policy.parameters())
     needs = {
         "experience": experience_bytes(spec, horizon=horizon, num_rows=num_rows, state_size=state_size),
         # what a minibatch keeps for its backward pass: about 16 float32 per hidden unit and step

@@ -11,11 +11,12 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from dual_policy_plugin.config import Config, PolicySource, TrainerConfig
+from dual_policy_plugin.config import Config, TrainerConfig
 from dual_policy_plugin.distributed import join_ranks, leave_ranks
 from dual_policy_plugin.envs.build import num_processes
 from dual_policy_plugin.evaluate import as_metrics, evaluate
@@ -44,7 +45,7 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
 
     Args:
         config: the run.
-        resolved_yaml: the composed config as text, kept in the run directory.
+        resolved_yaml: the composed config as text, kept in the run directory; empty: made from `config`.
         make_host: a function that makes one copy of an env, instead of the config's env (see docs/own_env.md).
 
     Returns:
@@ -53,7 +54,7 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
     Raises:
         DualPolicyError: anything that is wrong, before the first step; or a run that diverged.
     """
-    device = choose_device(config.device)
+    device = choose_device(config.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     trainer = config.trainer
     # torch's threads spin between two operations: on a worker's core they cost the env 3 to 10 times its step
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -70,7 +71,7 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
         first_env = ranks.rank * env.spec.num_envs
 
         env.reset(config.seed, stagger=True)
-        counters = _resume(run, parts, trainer.initial_policy) if run else Counters()
+        counters = _resume(config, run, parts) if run else Counters()
         share_state(counters, parts.mixed, parts.ppo, parts.metrics, ranks)
         if counters.iteration and not (run and hasattr(env, "state_dict")):
             # no state to go on from: new episodes, or a run that is often stopped would see its first ones only
@@ -104,7 +105,7 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
             log.record(counters.iteration, figures, timing)  # first: no checkpoint stands without its metrics
             checkpoint = None
             if is_last or counters.iteration % trainer.checkpoint_interval == 0:
-                checkpoint = _save(run, parts, counters, figures, score.take())
+                checkpoint = _save(config.run, run, parts, counters, figures, score.take())
             log.show(counters.iteration, figures, timing, checkpoint)
 
         if run is None or log is None:
@@ -118,18 +119,19 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
 
 
 def _open_run(config: Config, resolved_yaml: str) -> RunDirectory:
+    text = resolved_yaml or json.dumps(asdict(config), indent=2, default=str) + "\n"  # JSON is YAML
     return RunDirectory.open(
-        config.train_dir / config.run, config_yaml=resolved_yaml, keep_checkpoints=config.trainer.keep_checkpoints
+        config.train_dir / config.run, config_yaml=text, keep_checkpoints=config.trainer.keep_checkpoints
     )
 
 
-def _resume(run: RunDirectory, parts: Parts, initial: PolicySource | None) -> Counters:
+def _resume(config: Config, run: RunDirectory, parts: Parts) -> Counters:
     """Puts the run where it was stopped; a new one saves epoch 0, so that its beginning can be played against too."""
-    saved = run.load_state(STATE_NAME)
+    saved, initial = run.load_state(STATE_NAME), config.trainer.initial_policy
     if saved is None:
         if initial and initial.keep_optimizer and parts.initial:
             keep_optimizer(parts.initial, parts.ppo)
-        _save(run, parts, Counters(), {}, None)
+        _save(config.run, run, parts, Counters(), {}, None)
         return Counters()
     where = str(run.path / "state" / STATE_NAME)
     counters = restore_state(saved, where, parts.env, parts.mixed, parts.ppo, parts.metrics)
@@ -143,6 +145,15 @@ def _last_figures(run: RunDirectory) -> dict[str, float]:
     return {name: value for name, value in json.loads(lines[-1]).items() if name != "iteration"} if lines else {}
 
 
+def _newest_return(run: RunDirectory) -> float | None:
+    """The learner's mean return in the newest iteration in which an episode ended; None if none ever did."""
+    for line in reversed(read_lines(run.path / "metrics.jsonl")):
+        figures = json.loads(line)
+        if "dual_policy/policy_a_reward" in figures:
+            return float(figures["dual_policy/policy_a_reward"])
+    return None
+
+
 def _learning_rate(trainer: TrainerConfig, agent_step: int) -> float:
     left = 1.0 - agent_step / trainer.total_timesteps if trainer.anneal_lr else 1.0
     return trainer.learning_rate * max(left, 0.0)
@@ -154,13 +165,15 @@ def _evaluate(
     return evaluate(parts.learner.policy, parts.opponents, parts.assignment, config, device=device, make_host=make_host)
 
 
-def _save(run: RunDirectory, parts: Parts, counters: Counters, figures: dict[str, float], score: float | None) -> str:
+def _save(
+    name: str, run: RunDirectory, parts: Parts, counters: Counters, figures: dict[str, float], score: float | None
+) -> str:
     """Saves the checkpoint, then the state that continues from it; gives the checkpoint's name.
 
     Killed between the two, the run continues from the older state and makes this checkpoint again.
     """
     metadata = {
-        "run": run.path.name,
+        "run": name,
         "epoch": counters.iteration,
         "step": counters.agent_step,
         "metrics": figures,
@@ -187,9 +200,10 @@ def _result(
     """What the run came to; `objective` is what a sweeper maximizes: the mean win rate, else the learner's return."""
     rates = [result.win_rate for result in evals]
     newest = run.newest_checkpoint()
+    objective = sum(rates) / len(rates) if rates else _newest_return(run)
     return {
         "run": config.run,
-        "objective": sum(rates) / len(rates) if rates else figures.get("dual_policy/policy_a_reward"),
+        "objective": objective,
         "agent_step": counters.agent_step,
         "env_agent_step": counters.env_agent_step,
         "iterations": counters.iteration,

@@ -18,6 +18,7 @@ LINE = (
 )
 
 
+@pytest.mark.slow
 def test_demo_ends_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = ["trainer.total_timesteps=100000", "evals.episodes=64", "env.num_envs=16", "trainer.threads=1"]
     assert main(["demo", "--seed", "3", "--train-dir", str(tmp_path), *short]) == 0

@@ -76,6 +76,7 @@ def run_ranks(code: str, *args: str) -> list[subprocess.CompletedProcess[str]]:
     return done
 
 
+@pytest.mark.slow
 def test_ranks_hold_one_policy_and_global_figures(tmp_path: Path) -> None:
     for done in run_ranks(WORKER, str(tmp_path)):
         assert done.returncode == 0, done.stderr
@@ -90,6 +91,7 @@ def test_ranks_hold_one_policy_and_global_figures(tmp_path: Path) -> None:
     assert first["rewards"] != second["rewards"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("npcs", ["same", "other"])
 def test_one_rank_with_another_npc_stops_both(tmp_path: Path, npcs: str) -> None:
     done = run_ranks(TRAIN, str(tmp_path), npcs)

@@ -82,6 +82,23 @@ def num_processes(config: EnvConfig, num_workers: int, make_host: Callable[..., 
     return 0 if is_arena else min(num_workers, config.num_envs)
 
 
+def env_bytes(config: EnvConfig) -> int:
+    """About how much memory the env's own tensors take at most, while it draws its maps; 0 for envs in workers.
+
+    The arena, measured at 24x24 and 74x74 cells with their margins: up to 22 bytes a cell and 120 an agent.
+
+    Raises:
+        ConfigError: an arg that the arena does not take.
+    """
+    if config.name != "arena":
+        return 0
+    from dual_policy_plugin.envs.arena_config import WINDOW, parse_arena_args
+
+    arena = parse_arena_args({key: value for key, value in config.args.items() if value is not None})
+    cells = (arena.height + WINDOW - 1) * (arena.width + WINDOW - 1)
+    return config.num_envs * (22 * cells + 120 * arena.num_agents)
+
+
 def _installed(name: str) -> Callable[..., Any]:
     """The user's `make` behind an installed entry point."""
     found = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}

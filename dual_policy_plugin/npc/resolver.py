@@ -10,7 +10,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,9 +183,12 @@ def request_text(source: PolicySource) -> str:
 
 def _digest_of_remote(candidate: Candidate, cache: Cache) -> tuple[str, int]:
     """(sha256, size) of what is fetched once and kept."""
-    key = _key(candidate)
+    if not candidate.etag:  # a listing names no bytes; a name alone may mean others on another server, or made anew
+        uri = parse_uri(candidate.uri)
+        now = SOURCES[uri.scheme].find(uri, None)
+        candidate = replace(candidate, etag=now.etag, num_bytes=now.num_bytes)
     with cache.fetching(candidate.uri):
-        known = cache.known(key)
+        known = cache.known(_key(candidate)) if candidate.etag else None
         if known is not None and candidate.num_bytes in (0, known[1]):
             return known
         data = SOURCES[parse_uri(candidate.uri).scheme].fetch(candidate)

@@ -3,7 +3,8 @@
     a plain path, file:///absolute/path, file://relative/path     a file or a folder of checkpoints
     builtin://<env>/<name>                                        comes with the package
     wandb://entity/project[/artifact_type]/name[:version]         a W&B artifact; no version means latest
-    wandb://run/<name>[:version]                                  the model of a run in the default project
+    wandb://run/<name>[:version]                                  the model of a run (<run>, or <sweep>/<job>) in the
+                                                                  default project
     wandb://entity/project                                        the runs of a project, for selectors
     s3://bucket/key[?versionId=...]    s3://bucket/prefix/        an object, or the objects under a prefix
 
@@ -147,8 +148,8 @@ def wandb_name(uri: NpcUri) -> WandbName:
     if colon and _WANDB_WORD.fullmatch(version) is None:
         raise NpcError(f"{shown}: a version is v0, v1, ... or an alias such as latest or best")
     version = version or "latest"
-    if len(parts) == 2 and parts[0] == "run":
-        return WandbName(entity=None, project=None, type="model", name=parts[1], version=version)
+    if len(parts) in (2, 3) and parts[0] == "run":  # a sweep's job is named <sweep>/<job>
+        return WandbName(entity=None, project=None, type="model", name="/".join(parts[1:]), version=version)
     if len(parts) == 2 and not colon:
         return WandbName(entity=parts[0], project=parts[1], type=None, name=None)
     if len(parts) in (3, 4):

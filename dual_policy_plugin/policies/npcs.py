@@ -145,8 +145,9 @@ def load_npc(
 
 
 def recorded_npcs(entries: Sequence[LockEntry]) -> list[dict[str, Any]]:
-    """The NPCs of the lock as a checkpoint records them."""
+    """The NPCs of the lock as a checkpoint records them: without the time, so that equal runs make equal files."""
     facts = [entry_facts(entry) for entry in entries if entry.role == "npc"]
+    facts = [{key: value for key, value in one.items() if key != "when"} for one in facts]
     if len(json.dumps(facts)) > MAX_RECORDED_BYTES:
         facts = [one | {"metadata": {}} for one in facts]
     return facts

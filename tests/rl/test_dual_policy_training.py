@@ -23,7 +23,9 @@ from dual_policy_plugin.config import (
     TrainerConfig,
 )
 from dual_policy_plugin.envs.arena import make_arena
+from dual_policy_plugin.envs.build import env_bytes
 from dual_policy_plugin.errors import ConfigError, RunError
+from dual_policy_plugin.memory import check_memory
 from dual_policy_plugin.policies.build import build_policy
 from dual_policy_plugin.policies.learner import Learner
 from dual_policy_plugin.policies.loading import load_policy_from_checkpoint
@@ -422,3 +424,25 @@ def test_a_layout_waits_while_the_npc_is_switched_off(tmp_path: Path) -> None:
     dual = DualPolicyConfig(enabled=False, assignment=[4, 5, 6, 7])
     result = train(replace(config, trainer=replace(config.trainer, dual_policy=dual)), resolved_yaml="a: 1\n")
     assert result["metrics"]["dual_policy/policy_a_agent_count"] == 8
+
+
+def test_equal_runs_make_equal_checkpoints_byte_for_byte(tmp_path: Path) -> None:
+    for folder in ("one", "other"):
+        train(small_config(tmp_path / folder), resolved_yaml="a: 1\n")
+    files = [tmp_path / folder / "small/checkpoints/model_0004.safetensors" for folder in ("one", "other")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_run_from_python_keeps_its_config_and_refuses_another(tmp_path: Path) -> None:
+    train(small_config(tmp_path))
+    with pytest.raises(RunError, match=r"trainer.gamma: 0.99 -> 0.9"):
+        train(small_config(tmp_path, gamma=0.9))
+    train(small_config(tmp_path, total_timesteps=5120))
+
+
+def test_an_env_that_will_not_fit_is_refused_before_it_is_built(tmp_path: Path) -> None:
+    config = replace(small_config(tmp_path), env=EnvConfig(num_envs=65536, args={"height": 64, "width": 64}))
+    need = env_bytes(config.env)
+    assert need > 7e9  # about what was measured at this size
+    with pytest.raises(ConfigError, match=r"env.num_envs=65536 .* lower env.num_envs to \d+"):
+        check_memory({"env": need}, 4_000_000_000, "cpu", num_envs=65536, horizon=0)

@@ -77,6 +77,11 @@ def collection(uri: NpcUri, base: Path | None) -> list[Candidate]:
         NpcError: no login, no access or no network.
     """
     name = wandb_name(uri)
+    if name.version != "latest":
+        raise NpcError(
+            f"{uri.text} names the version {name.version}, a selector chooses among all of them; leave out either"
+            f" :{name.version} or the selector"
+        )
     api = open_api(uri.text)
     if name.name is None:
         candidates = _of_finished_runs(api, f"{name.entity}/{name.project}", uri.text)
