@@ -159,7 +159,9 @@ class Progress:
                 self._print_line()
 
     def message(self, text: str) -> None:
-        """Prints a line above the panel (or between the lines)."""
+        """Prints a line above the panel (or between the lines, after the one that is due)."""
+        if not self._is_live and self._is_line_due:
+            self._print_line()
         self._console.print(Text(text), soft_wrap=True)
 
     def _print_line(self) -> None:

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from dual_policy_plugin.config import PolicySource
 from dual_policy_plugin.errors import NpcError, NpcNotFoundError
+from dual_policy_plugin.npc.cache import Cache
 from dual_policy_plugin.npc.candidates import Candidate
+from dual_policy_plugin.npc.resolver import read_verified, resolve_all
 from dual_policy_plugin.npc.sources import http
 from dual_policy_plugin.npc.sources.http import Retries
 from dual_policy_plugin.npc.sources.wandb_artifacts import collection, fetch, find
@@ -77,7 +80,7 @@ def test_versions_aliases_and_none_are_pinned_to_a_number(service: WandbServer, 
 
 
 def test_all_versions_are_listed_with_what_selectors_read(service: WandbServer) -> None:
-    candidates = sorted(all_of("wandb://team/arena/policy:best"), key=lambda c: c.version or 0)
+    candidates = sorted(all_of("wandb://team/arena/policy:latest"), key=lambda c: c.version or 0)
     assert [c.uri for c in candidates] == [f"wandb://team/arena/model/policy:v{i}" for i in range(3)]
     assert [c.metadata["dual_policy/win_rate"] for c in candidates] == [0.0, 0.25, 0.5]
     assert [c.num_bytes for c in candidates] == [0, 0, 0], "of several files the sum says nothing"
@@ -115,6 +118,44 @@ def test_a_run_means_the_newest_model_that_it_logged(service: WandbServer) -> No
     assert found("wandb://run/id1").version == 10, "an id is one run"
 
 
+@pytest.mark.parametrize("version", ["v0", "best"])
+def test_a_version_beside_a_selector_is_not_ignored(service: WandbServer, version: str) -> None:
+    with pytest.raises(NpcError, match=f"policy:{version} names the version {version}, .*leave out either :{version}"):
+        all_of(f"wandb://team/arena/model/policy:{version}")
+
+
+def test_a_job_of_a_sweep_is_found_by_its_runs_name(service: WandbServer) -> None:
+    service.add_run("team", "arena", "id3", name="sweep/3")
+    service.add_artifact("team", "arena", "sweep-3", files={"model.safetensors": weights(7)}, run="id3")
+    service.add_artifact("sweep", "3", "model", files={"model.safetensors": weights(8)})
+    candidate = found("wandb://run/sweep/3")
+    assert (candidate.uri, candidate.num_bytes) == ("wandb://team/arena/model/sweep-3:v0", 5007)
+    assert [c.uri for c in all_of("wandb://run/sweep/3")] == [candidate.uri]
+
+
+def test_bytes_of_another_server_or_a_recreated_version_are_not_taken_from_the_cache(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache")
+    for server, source in (
+        (1, PolicySource(uri="wandb://team/arena/model/policy", type="latest")),
+        (2, PolicySource(uri="wandb://team/arena/model/policy", type="latest")),
+        (3, PolicySource(uri="wandb://team/arena/model/policy", type="all")),
+        (4, PolicySource(uri="wandb://team/arena/policy:v0")),
+        (5, PolicySource(uri="wandb://team/arena", type="latest")),
+    ):
+        data = bytes([server]) * 1000  # one name, one version, one size: only the bytes differ
+        (tmp_path / str(server)).mkdir()
+        with WandbServer(tmp_path / str(server)) as service:
+            service.add_run("team", "arena", "id1", name="first_run", state="finished")
+            service.add_artifact("team", "arena", "policy", files={"model.safetensors": data}, run="id1")
+            with service.client():
+                for _ in range(2):
+                    (pinned,) = resolve_all(source, seed=0, cache=cache)
+                    assert pinned.uri == "wandb://team/arena/model/policy:v0"
+                    assert pinned.sha256 == hashlib.sha256(data).hexdigest()
+                    assert read_verified(pinned, cache=cache) == data
+            assert service.count("GET /storage") == 1, "what is here is not fetched twice"
+
+
 def test_a_project_gives_the_newest_model_of_each_finished_run_with_its_summary(service: WandbServer) -> None:
     for index, state in enumerate(("finished", "crashed", "finished", "finished")):
         service.add_run("team", "lab", f"r{index}", name=f"run {index}", state=state, summary={"score": index / 8})
@@ -149,14 +190,15 @@ def test_what_cannot_be_had_is_said_which_why_and_where_to_look(service: WandbSe
     for name in ("team/arena/model/policy:v9", "team/arena/policy:prod", "team/arena/nope", "team/none/policy:v0"):
         with pytest.raises(NpcNotFoundError, match=f"{FAILED}{name}: {not_found}"):
             found(f"wandb://{name}")
-        if ":v9" not in name and "prod" not in name:
+        name = name.partition(":")[0]
+        if name != "team/arena/model/policy" and name != "team/arena/policy":
             with pytest.raises(NpcNotFoundError, match=f"{FAILED}{name}: {not_found}"):
                 all_of(f"wandb://{name}")
     with pytest.raises(NpcNotFoundError, match=f"{FAILED}team/arena/table/policy:v0: {not_found}"):
         found("wandb://team/arena/table/policy:v0")
-    for ask in (found, all_of):
-        with pytest.raises(NpcError, match=f"{FAILED}secret/hidden/policy:v0: no access, this W&B login may not read"):
-            ask("wandb://secret/hidden/policy:v0")
+    for ask, uri in ((found, "secret/hidden/policy:v0"), (all_of, "secret/hidden/policy")):
+        with pytest.raises(NpcError, match=f"{FAILED}{uri}: no access, this W&B login may not read"):
+            ask(f"wandb://{uri}")
     with pytest.raises(NpcError, match=f"{FAILED}secret/hidden: no access"):
         all_of("wandb://secret/hidden")
     with pytest.raises(NpcNotFoundError, match=f"{FAILED}team/empty: not found, no model is there yet"):

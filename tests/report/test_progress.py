@@ -172,7 +172,7 @@ def test_plain_lines_come_every_ten_seconds_and_at_the_end() -> None:
         "iteration 21",
         "iteration 25",
     ]
-    assert lines[3] == "evaluation [bold]: 0.4"
+    assert lines[4] == "evaluation [bold]: 0.4"
     assert lines[0] == (
         "exp: 0.1 % | 1,000/2,000,000 learner steps | iteration 1 | learner 43.1k steps/s, env agents 1.29M steps/s | "
         "elapsed 0:00:01, left 0:00:46 | win rate 0.625 over 32 episodes | return learner 3.250, NPC 1.500 (mean per "
