@@ -24,7 +24,7 @@ from dual_policy_plugin.evaluate import assign_seats, load_opponents, opponent_s
 from dual_policy_plugin.experience import Experience, allocate_experience, experience_bytes
 from dual_policy_plugin.learning.ppo import LOSS_NAMES, PpoSettings, PpoUpdate
 from dual_policy_plugin.memory import available_bytes, check_memory
-from dual_policy_plugin.npc.cache import Hold
+from dual_policy_plugin.npc.holds import Hold
 from dual_policy_plugin.npc.lock import LockEntry
 from dual_policy_plugin.npc.resolver import PinnedPolicy, hold_pinned
 from dual_policy_plugin.policies.build import compute_dtype

@@ -12,7 +12,6 @@ another name and renamed, so two writers of one thing leave one whole thing.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -25,10 +24,9 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from dual_policy_plugin.errors import ConfigError, NpcError
+from dual_policy_plugin.npc.holds import Hold, is_live, locked, unlink
 
 ROOT_VARIABLE = "DUAL_POLICY_CACHE"
 SIZE_VARIABLE = "DUAL_POLICY_CACHE_GB"
@@ -37,11 +35,8 @@ WAIT_S = 900.0
 """How long to wait for another process that fetches the same thing; then this one fetches too."""
 STALE_S = 24 * 3600.0
 """Age from which an unfinished file is what a killed process left."""
-FOREIGN_HOLD_S = 30 * 24 * 3600.0
-"""How long a hold of another machine counts after its last refresh, where its lock cannot be seen from here."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
 _log = logging.getLogger(__name__)
 
 
@@ -172,7 +167,7 @@ class Cache:
         removed = self._evict(self.max_bytes if max_bytes is None else max_bytes)
         for path in self._files("index"):
             if self._is_dangling(path):
-                _unlink(path)
+                unlink(path)
         return removed
 
     def verify(self) -> tuple[int, list[str]]:
@@ -194,12 +189,12 @@ class Cache:
 
     def hold(self, digests: Iterable[str]) -> Hold:
         """Keeps these from being removed until the hold is closed or its process ends; they need not be here yet."""
-        return Hold(self, sorted(set(digests)))
+        return Hold(self.root, sorted(set(digests)))
 
     @contextlib.contextmanager
     def fetching(self, key: str) -> Iterator[None]:
         """Lets one process at a time fetch a URI; the others wait (WAIT_S at most) and find it here afterwards."""
-        with _locked(self.root / "locks" / _hash(key), fcntl.LOCK_EX, WAIT_S):
+        with locked(self.root / "locks" / _hash(key), fcntl.LOCK_EX, WAIT_S):
             yield
 
     def _note(self, key: str) -> Path:
@@ -213,7 +208,7 @@ class Cache:
 
     def _drop(self, sha256: str) -> None:
         """Removes a blob; on a network file system two processes may do so at once."""
-        _unlink(self.path(sha256))
+        unlink(self.path(sha256))
 
     def _evict(self, max_bytes: int, keep: Iterable[str] = ()) -> list[str]:
         blobs = []
@@ -224,7 +219,7 @@ class Cache:
         total, removed = sum(size for _, _, size in blobs), []
         if total <= max_bytes:
             return []
-        with _locked(self.root / "locks" / "evict", fcntl.LOCK_EX, 60.0):  # no hold is taken in the meantime
+        with locked(self.root / "locks" / "evict", fcntl.LOCK_EX, 60.0):  # no hold is taken in the meantime
             for _, name, size in sorted(blobs):
                 if total <= max_bytes:
                     break
@@ -232,13 +227,13 @@ class Cache:
                     continue
                 if not self.path(name).exists():  # another process was first
                     total -= size
-                elif _unlink(self.path(name)):
+                elif unlink(self.path(name)):
                     removed.append(name)
                     total -= size
         return removed
 
     def _is_held(self, sha256: str) -> bool:
-        return any(_is_live(path) for path in self._files(f"holds/{sha256}"))
+        return any(is_live(path) for path in self._files(f"holds/{sha256}"))
 
     def _is_dangling(self, note: Path) -> bool:
         try:
@@ -247,109 +242,6 @@ class Cache:
             return False
         except (OSError, ValueError, KeyError, TypeError, AssertionError):
             return True
-
-
-class Hold:
-    """Policies that a live process uses; a context manager, to be closed when it uses them no more. None by default."""
-
-    def __init__(self, cache: Cache | None = None, digests: Iterable[str] = ()) -> None:
-        self._files: list[tuple[int, Path]] = []
-        if cache is None:
-            return
-        name = f"{_boot_id()}-{os.getpid()}-{secrets.token_hex(4)}"
-        for digest in digests:
-            path = cache.root / "holds" / digest / name
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with _locked(cache.root / "locks" / "evict", fcntl.LOCK_SH, 60.0):
-                    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-                    self._files.append((descriptor, path))
-                    with contextlib.suppress(OSError):  # without file locks, its age alone speaks for it
-                        fcntl.flock(descriptor, fcntl.LOCK_EX)
-            except OSError as error:  # the bytes can be fetched again
-                _log.warning("the cache %s cannot note what this run uses: %s", cache.root, error.strerror)
-
-    def refresh(self) -> None:
-        """Says that the process still lives; for machines that cannot see its lock."""
-        for descriptor, _ in self._files:
-            with contextlib.suppress(OSError):
-                os.utime(descriptor)
-
-    def close(self) -> None:
-        """Gives them free; may be called twice."""
-        for descriptor, path in self._files:
-            _unlink(path)
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-        self._files = []
-
-    def __enter__(self) -> Self:
-        """The hold itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Closes it."""
-        self.close()
-
-
-def _is_live(hold: Path) -> bool:
-    """Whether the process that made a hold lives; what a dead one left is removed."""
-    try:
-        descriptor = os.open(hold, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    try:
-        can_tell = hold.name.startswith(f"{_boot_id()}-")  # another machine's lock may not be seen from here
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _WITHOUT_LOCKS:
-                return True  # locked by its process
-            can_tell = False
-        if not can_tell and time.time() - os.fstat(descriptor).st_mtime < FOREIGN_HOLD_S:
-            return True
-        _unlink(hold)
-        return False
-    finally:
-        os.close(descriptor)
-
-
-def _boot_id() -> str:
-    """What all processes under one running kernel share, in whatever container they are."""
-    try:
-        text = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        text = os.uname().nodename
-    return re.sub(r"[^A-Za-z0-9]", "", text)[:64] or "host"
-
-
-@contextlib.contextmanager
-def _locked(path: Path, kind: int, wait_s: float) -> Iterator[None]:
-    """Holds a lock on `path`; goes on without one where it does not come in time or the file system has none."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError:
-        yield  # a folder that cannot be written: whoever writes into it says so
-        return
-    try:
-        until, pause = time.monotonic() + wait_s, 0.005
-        while True:
-            try:
-                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno in _WITHOUT_LOCKS or time.monotonic() > until:
-                    break
-            time.sleep(pause)
-            pause = min(2 * pause, 0.2)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -366,16 +258,8 @@ def _write(path: Path, data: bytes) -> None:
             os.close(descriptor)
         os.replace(temporary, path)
     except BaseException:
-        _unlink(temporary)
+        unlink(temporary)
         raise
-
-
-def _unlink(path: Path) -> bool:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        return False
-    return True
 
 
 def _hash(key: str) -> str:

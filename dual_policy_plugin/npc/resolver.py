@@ -16,8 +16,9 @@ from typing import Any
 
 from dual_policy_plugin.config import PolicySource
 from dual_policy_plugin.errors import DigestError, NpcError
-from dual_policy_plugin.npc.cache import Cache, Hold
+from dual_policy_plugin.npc.cache import Cache
 from dual_policy_plugin.npc.candidates import Candidate
+from dual_policy_plugin.npc.holds import Hold
 from dual_policy_plugin.npc.selector import select
 from dual_policy_plugin.npc.sources import SOURCES
 from dual_policy_plugin.npc.sources.local import file_digest, unreadable

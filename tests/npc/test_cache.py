@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from dual_policy_plugin.errors import ConfigError, NpcError
-from dual_policy_plugin.npc.cache import FOREIGN_HOLD_S, STALE_S, Cache
+from dual_policy_plugin.npc.cache import STALE_S, Cache
+from dual_policy_plugin.npc.holds import FOREIGN_HOLD_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
