@@ -45,12 +45,22 @@ _ALLOWED_GLOBALS = {
     ("torch._utils", "_rebuild_tensor_v2"),
     ("torch._utils", "_rebuild_parameter"),
 }
+_BESIDE_WEIGHTS = {
+    ("_codecs", "encode"): "bytes",
+    ("__builtin__", "set"): "a set",
+    ("__builtin__", "complex"): "a complex number",
+    ("collections", "Counter"): "a Counter (of a MultiStepLR schedule?)",
+    ("argparse", "Namespace"): "an argparse.Namespace",
+}
+"""What ordinary training checkpoints hold that is no part of a state dict: refused, but in plain words."""
 _STORAGE = re.compile(r"(Double|Float|Half|BFloat16|Long|Int|Short|Char|Byte|Bool|ComplexFloat|ComplexDouble)Storage")
 _OPERANDS = {
     **dict.fromkeys(b"NKMJG(]}).taesuRbQ\x81\x85\x86\x87\x88\x89", 0),
     **{ord("K"): 1, ord("M"): 2, ord("J"): 4, ord("G"): 8, ord("h"): 1, ord("q"): 1, ord("j"): 4, ord("r"): 4, 0x80: 1},
 }
 """Operation -> bytes of its operand, for those whose operand has one length: the ones that torch's reader knows."""
+_FRAME = 0x95
+"""Begins a pickle of protocol 4 or 5."""
 _LENGTHS = {ord("X"): 4, ord("U"): 1, 0x8A: 1}
 """Operation -> bytes of the length that stands before its operand: strings and large integers."""
 
@@ -158,6 +168,8 @@ def _check_pickle(data: bytes, position: int, where: str) -> int:
                 size = _OPERANDS.get(code)
                 if size is None:
                     width = _LENGTHS.get(code)
+                    if code == _FRAME:
+                        _refuse(where, "it was saved with pickle_protocol=4 or higher, torch.save's default is 2")
                     if width is None:
                         _refuse(where, f"it is a pickle that does more than a state dict needs (operation {code:#04x})")
                     size = int.from_bytes(data[position : position + width], "little")
@@ -231,6 +243,9 @@ def _check_global(module: str, name: str, where: str) -> None:
         return
     if (module, name[:9]) == ("torch._utils", "_rebuild_"):
         _refuse(where, f"it holds tensors that are not plain ({short(f'{module}.{name}')})")
+    if (module, name) in _BESIDE_WEIGHTS:
+        what = f"{_BESIDE_WEIGHTS[module, name]} ({module}.{name})"
+        _refuse(where, f"beside the weights it holds {what}, of which nothing is read; save the state dict alone")
     _refuse(where, f"it is a pickled object that names code ({short(f'{module}.{name}')}), which is never run")
 
 

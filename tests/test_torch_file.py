@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import pickle
@@ -12,7 +13,7 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,42 @@ def test_a_torchscript_archive_is_refused() -> None:
 )
 def test_anything_but_plain_tensors_is_refused(value: Any, reason: str) -> None:
     assert reason in refusal(save(value))
+
+
+@pytest.mark.parametrize(
+    ("beside", "what"),
+    [
+        (b"abc", "bytes (_codecs.encode)"),
+        ({1}, "a set (__builtin__.set)"),
+        (Counter(a=1), "a Counter (of a MultiStepLR schedule?) (collections.Counter)"),
+        (argparse.Namespace(lr=1), "an argparse.Namespace (argparse.Namespace)"),
+    ],
+)
+def test_what_else_a_training_checkpoint_holds_is_said_in_plain_words(beside: Any, what: str) -> None:
+    wanted = f"beside the weights it holds {what}, of which nothing is read; save the state dict alone"
+    for is_zip in (True, False):
+        assert wanted in refusal(save({"model": STATE, "args": beside}, is_zip=is_zip))
+
+
+def test_an_ordinary_training_checkpoint_is_read() -> None:
+    net = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    args = {"lr": 1e-3, "sizes": [1, 2], "big": 2**70, "none": None, "debug": False, "shape": (1, 2)}
+    value = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    value |= {"epoch": 3, "args": args, "rng": torch.get_rng_state()}
+    read = decode_state_dict(save(value), "old.pt")
+    assert {name: tensor.tolist() for name, tensor in read.items()} == {
+        name: tensor.tolist() for name, tensor in net.state_dict().items()
+    }
+
+
+def test_a_newer_pickle_protocol_is_named() -> None:
+    assert "saved with pickle_protocol=4 or higher, torch.save's default is 2" in refusal(
+        save(STATE, pickle_protocol=4)
+    )
 
 
 def nested_tuples(depth: int) -> bytes:

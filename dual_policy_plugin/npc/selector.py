@@ -69,7 +69,12 @@ def select(
 
 
 def has_value(found: object, wanted: object) -> bool:
-    """Whether a metadata value is what a filter wants; a text from the command line may stand for a number."""
+    """Whether a metadata value is what a filter wants; a text from the command line may stand for a number.
+
+    `any` wants some value: the first checkpoints of a run have no win rate yet, and `top` refuses those.
+    """
+    if wanted == "any":
+        return found is not None
     if isinstance(found, bool) or isinstance(wanted, bool):
         return str(found).lower() == str(wanted).lower()
     if isinstance(found, int | float):
@@ -115,7 +120,7 @@ def _check_metric(candidates: Sequence[Candidate], metric: str, where: str) -> N
     elif len(lacking) == len(candidates):
         mend = f"there are {', '.join(known[:MAX_LISTED])}" if known else "they have no numbers at all; use type=latest"
     else:
-        mend = "leave them out with filters, or use another metric"
+        mend = f"leave them out with a filter {metric}=any, or use another metric"
     raise NpcError(f"{where}{len(lacking)} of {len(candidates)} policies have no {metric} ({_names(lacking)}); {mend}")
 
 

@@ -173,6 +173,8 @@ def s3_name(uri: NpcUri) -> S3Name:
     key, question, version_id = key.partition(_VERSION_QUERY)
     if question and _VERSION_ID.fullmatch(version_id) is None:
         raise NpcError(f"{shown}: nothing but the object's version can follow {_VERSION_QUERY}")
+    if question and (not key or key.endswith("/")):
+        raise NpcError(f"{shown}: {_VERSION_QUERY} goes with one object, this is a prefix; leave it out, or name a key")
     if any(part in (".", "..") for part in key.split("/")) or len(key.encode()) > 1024:
         raise NpcError(f"{shown}: a key has up to 1024 bytes and no part that is . or ..")
     return S3Name(bucket=bucket, key=key, version_id=version_id or None)

@@ -77,7 +77,7 @@ class WandbLogger:
                 settings=wandb.Settings(console="off"),  # else it records every redraw of the progress panel
             )
         except wandb.errors.Error as error:
-            reason = " ".join(str(error).split())
+            reason = clean(str(error))  # a base URL may hold a password
             raise ConfigError(
                 f"wandb.mode={config.mode} could not start: {reason}; "
                 f"see that the server is reachable and the login right, or use wandb=offline or wandb=off"

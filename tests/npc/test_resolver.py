@@ -372,3 +372,11 @@ def test_a_file_whose_path_a_config_would_interpolate_is_refused(tmp_path: Path)
     (tmp_path / "link").symlink_to(tmp_path / "${oc.env:HOME}/model.pt")
     with pytest.raises(NpcError, match="for an interpolation; rename the file"):
         resolve(str(tmp_path / "link"))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "broken link", "folder"])
+def test_what_is_no_file_is_named_and_never_waited_for(scored: Path, kind: str) -> None:
+    odd = scored / "checkpoints/model_0009.safetensors"
+    {"pipe": os.mkfifo, "broken link": lambda path: path.symlink_to("nowhere"), "folder": os.mkdir}[kind](odd)
+    with pytest.raises(NpcError, match=r"(model_0009.safetensors|nowhere) is no file .*remove it, or name a single"):
+        resolve_all(PolicySource(uri=str(scored), type="all"), seed=0)

@@ -214,3 +214,10 @@ def test_a_fault_in_the_first_bytes_costs_no_facts(s3: Any, s3_server: S3Server,
         s3_server.faults.add("GET /policies/a", kind, after=after)
         assert found(f"s3://{BUCKET}/a.safetensors").metadata["metric_199"] == 199 / 7
     assert [fired for fired, _ in s3_server.faults.fired] == [kind.partition(":")[0]] * 2
+
+
+def test_a_version_that_is_not_there_never_means_what_is_under_the_key_as_a_prefix(s3: Any) -> None:
+    put(s3, "run_a/checkpoints/model_0001.safetensors", policy_bytes(1))
+    for ask in (found, all_of):
+        with pytest.raises(NpcNotFoundError, match=r"no such object"):
+            ask(f"s3://{BUCKET}/run_a?versionId=abc")

@@ -89,6 +89,9 @@ def test_filters_leave_out_what_has_another_value() -> None:
         ("a", "A", False),
         (None, "None", False),
         (1, "9" * 400, False),
+        (0.0, "any", True),
+        (False, "any", True),
+        (None, "any", False),
     ],
 )
 def test_what_a_filter_takes_for_equal(found: object, wanted: object, is_equal: bool) -> None:
@@ -101,8 +104,13 @@ def test_a_candidate_without_the_metric_is_counted_and_named() -> None:
         names("top", metric="win", candidates=[*VERSIONS, *lacking], asked="s3://b/p/")
     assert str(caught.value) == (
         "s3://b/p/: 7 of 12 policies have no win (n0, n1, n2, n3, n4 and 2 more); "
-        "leave them out with filters, or use another metric"
+        "leave them out with a filter win=any, or use another metric"
     )
+    assert names("top", 5, metric="win", candidates=[*VERSIONS, *lacking], filters={"win": "any"}) == names(
+        "top", 5, metric="win"
+    )
+    with pytest.raises(NpcNotFoundError, match=r"none of 7 policies has a metadata name win"):
+        names("top", metric="win", candidates=lacking, filters={"win": "any"})
     assert names("top", metric="win", candidates=[*VERSIONS, *lacking], filters={"run": "x"}) == "c"
     for value in ("0.5", True, float("nan"), None):
         with pytest.raises(NpcError, match=r"1 of 2 policies have no win \(q\)"):

@@ -128,7 +128,8 @@ def test_the_parts_of_an_s3_name(text: str, parts: tuple[str | None, ...], is_pr
         "wandb://a/b/%2e%2e", "wandb://a/b\\c/d", "wandb://a/b/c?x=1", "wandb://a/b/\u2024\u2024", "wandb://a/b/c#d",
         "wandb://run/", "wandb://run", "wandb://a/ b/c", "wandb://a/b/c d", "wandb:///a/b",
         "s3://169.254.169.254/latest/meta-data", "s3://Bucket/key", "s3://a..b/key", "s3://-a/key", "s3://a_b/k", "s3:///key",
-        "s3://bucket/../key", "s3://bucket/a/./b", "s3://bucket/k?versionId=", "s3://bucket/k?versionId=a/b",
+        "s3://bucket/../key", "s3://bucket/a/./b", "s3://bucket/k?versionId=",
+        "s3://bucket/k/?versionId=a", "s3://bucket/?versionId=a", "s3://bucket/k?versionId=a/b",
         "s3://bucket/" + "k" * 1025, "s3://bu\u2024cket/k", "s3://bucket:9000/k",
     ],
 )  # fmt: skip

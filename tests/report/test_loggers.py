@@ -164,7 +164,7 @@ class Refusing(BaseHTTPRequestHandler):
 def test_online_with_a_refused_key_is_one_line(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://user:hunter2@127.0.0.1:{server.server_port}")
         monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
         with pytest.raises(ConfigError) as caught:
             WandbLogger.open(WandbConfig(mode="online"), run, name="exp", run_config={})
@@ -176,6 +176,7 @@ def test_online_with_a_refused_key_is_one_line(run: RunDirectory, monkeypatch: p
         message,
     )
     assert "k" * 40 not in message
+    assert "hunter2" not in message
 
 
 @pytest.mark.slow  # the client tries again for ten seconds

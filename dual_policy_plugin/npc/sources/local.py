@@ -86,6 +86,8 @@ def fetch(candidate: Candidate) -> bytes:
 
 def describe(path: Path) -> Candidate:
     """The candidate that a file is; what is wrong with its content is said where it is loaded."""
+    if not path.is_file():  # a pipe would be waited for
+        raise NpcError(f"{path} is no file (a broken link, a pipe or a folder); remove it, or name a single policy")
     stat = path.stat()
     match = _NUMBERED.fullmatch(path.name)
     if stat.st_size > MAX_BYTES:

@@ -70,6 +70,8 @@ def collection(uri: NpcUri, base: Path | None) -> list[Candidate]:
     if not name.is_prefix:
         if (found := _describe(name, uri.text)) is not None:
             return [found]
+        if name.version_id is not None:
+            raise NpcNotFoundError(f"{uri.text}: no such object or version; {_what_is_beside(name, uri.text)}")
         name = replace(name, key=f"{name.key}/")
     listed = list_objects(name, uri.text)
     files, is_one_run = _checkpoints(name.key, listed)
