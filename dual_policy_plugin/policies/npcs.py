@@ -18,6 +18,7 @@ import torch
 from dual_policy_plugin.config import AgentConfig, PolicySource
 from dual_policy_plugin.distributed import Ranks, first_trouble, share_text
 from dual_policy_plugin.errors import DigestError, DualPolicyError, NpcError, NpcNotFoundError
+from dual_policy_plugin.npc.header import read_description
 from dual_policy_plugin.npc.lock import (
     LockEntry,
     entry_facts,
@@ -158,6 +159,8 @@ def _pin_first(wishes: Sequence[Wish], run_path: Path | None, given: Path | dict
     path = None if run_path is None else run_path / LOCK_NAME
     has_begun = run_path is not None and any((run_path / "checkpoints").glob("model_*.safetensors"))
     kept = read_lock(path) if path is not None and has_begun and path.exists() else ()
+    if run_path is not None and kept:
+        _check_record(run_path, kept)
     offered = (
         read_lock(given) if isinstance(given, Path) else parse_lock(given, "trainer.dual_policy.lock") if given else ()
     )
@@ -182,6 +185,28 @@ def _pin_first(wishes: Sequence[Wish], run_path: Path | None, given: Path | dict
     if path is not None and entries and tuple(entries) != kept:
         write_lock(path, entries)
     return Pins(policies=policies, entries=tuple(entries))
+
+
+def _check_record(run_path: Path, kept: Sequence[LockEntry]) -> None:
+    """The lock of a run must name the NPCs that its checkpoints recorded: a lock that was edited since is found."""
+    latest = run_path / "checkpoints" / "latest.safetensors"
+    if not latest.is_file():
+        return  # a crash before it was written; the numbered files are whole, and the next start makes it again
+    with latest.open("rb") as file:
+
+        def read_range(start: int, stop: int) -> bytes:
+            file.seek(start)
+            return file.read(stop - start)
+
+        description = read_description(read_range, latest.stat().st_size, where=str(latest))
+    recorded = [(one["requested"], one["sha256"]) for one in description.get("metadata", {}).get("npcs", [])]
+    locked = [(entry.requested, entry.sha256) for entry in kept if entry.role == "npc"]
+    if sorted(recorded) != sorted(locked):
+        differing = next(iter(set(locked) ^ set(recorded)))
+        raise DigestError(
+            f"{run_path / LOCK_NAME} is not what this run began with: {differing[0]} sha256 {differing[1][:12]} stands "
+            f"in one of lock and {latest.name} only; restore the lock, or start a new run"
+        )
 
 
 def _check_lock_there(path: Path | None, has_begun: bool, kept: Sequence[LockEntry], wish: Wish) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from contextlib import closing
@@ -259,3 +260,22 @@ def test_every_rank_takes_what_the_first_one_pinned(tmp_path: Path, first: Path)
     (entry,) = lock_of(tmp_path / "two")
     assert entry["uri"] == f"file://{tmp_path}/home0/npc.safetensors"
     assert all(f"file://{tmp_path}/home1" not in process.stderr for process in done)
+
+
+def test_a_lock_that_was_edited_stops_the_resume(tmp_path: Path, first: Path) -> None:
+    dual = against(uri=str(first / "checkpoints/model_0004.safetensors"))
+    train(config(tmp_path, "second", dual), resolved_yaml="seed: 1\n")
+    path = tmp_path / "second/npc.lock.json"
+    other = first / "checkpoints/model_0002.safetensors"
+    lock = json.loads(path.read_text())
+    lock["npcs"][0] |= {
+        "uri": other.resolve().as_uri(),
+        "sha256": hashlib.sha256(other.read_bytes()).hexdigest(),
+        "bytes": other.stat().st_size,
+    }
+    whole = path.read_text()
+    path.write_text(json.dumps(lock))
+    with pytest.raises(DigestError, match=r"npc.lock.json is not what this run began with"):
+        train(config(tmp_path, "second", dual, total_timesteps=1024), resolved_yaml="seed: 1\n")
+    path.write_text(whole)
+    train(config(tmp_path, "second", dual, total_timesteps=1024), resolved_yaml="seed: 1\n")
