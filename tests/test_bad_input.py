@@ -319,7 +319,14 @@ def iterations(run: str) -> list[int]:
 def start_program(*words: str, **environment: str) -> "subprocess.Popen[str]":
     variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     command = [sys.executable, "-m", "dual_policy_plugin", "train", *words]
-    return subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        env=variables,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job is told to ignore it
+    )
 
 
 @pytest.mark.slow

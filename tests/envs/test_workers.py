@@ -1,5 +1,6 @@
 """Env workers: the same results however many, errors with their traceback, and no process left behind."""
 
+import contextlib
 import gc
 import os
 import signal
@@ -239,6 +240,11 @@ def test_idle_workers_use_no_core(build):
     assert all(worker.environ()["OMP_NUM_THREADS"] == "1" for worker in workers)
 
 
+def interruptible():
+    """Takes SIGINT again, which a shell's background job is told to ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     ("mode", "number", "code"),
     [("hang", signal.SIGKILL, -9), ("step", signal.SIGINT, -2), ("raise", 0, 1)],
@@ -252,8 +258,10 @@ def test_no_worker_outlives_its_parent(mode, number, code):
         text=True,
         env=os.environ | {"PYTHONPATH": path},
         start_new_session=True,
+        preexec_fn=interruptible,
     )
-    with parent:
+    with parent, contextlib.ExitStack() as stack:
+        stack.callback(parent.kill)  # a failed assertion must not wait for a parent that steps for ever
         workers = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(workers) == 2
         if number:
