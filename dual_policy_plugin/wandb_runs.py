@@ -181,7 +181,7 @@ def _one_line_errors() -> Iterator[None]:
     """Turns what the W&B client raises into ours."""
     try:
         yield
-    except (WandbError, NotImplementedError):
+    except WandbError:
         raise
     except Exception as error:
         module = type(error).__module__

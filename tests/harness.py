@@ -73,6 +73,23 @@ class MemoryTask:
         pass
 
 
+class Always(nn.Module):
+    """Takes one action, by its name."""
+
+    def __init__(self, spec: EnvSpec, action: str) -> None:
+        super().__init__()
+        self.state_size = 0
+        self.index, self.num_actions = spec.actions.index(action), len(spec.actions)
+
+    def pack(self) -> None:
+        pass
+
+    def forward_step(self, obs: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = torch.full((len(obs), self.num_actions), -torch.inf)
+        logits[:, self.index] = 0.0
+        return logits, torch.zeros(len(obs)), state
+
+
 SETTINGS = PpoSettings(
     epochs=1, num_minibatches=4, gamma=0.99, gae_lambda=0.95, clip_coef=0.2, clip_vloss=True, vf_clip_coef=0.2,
     vf_coef=0.5, ent_coef=0.01, max_grad_norm=0.5, norm_adv=True, target_kl=None,

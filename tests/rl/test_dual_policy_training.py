@@ -33,8 +33,8 @@ from dual_policy_plugin.policies.pool import Npc, NpcPool
 from dual_policy_plugin.rollout.assignment import Assignment, assign
 from dual_policy_plugin.rollout.collector import collect_rollout
 from dual_policy_plugin.train import train
-from dual_policy_plugin.types import EnvSpec, StepResult, VecEnv
-from tests.harness import CPU, Loop, MemoryTask, make_loop
+from dual_policy_plugin.types import StepResult, VecEnv
+from tests.harness import CPU, Always, Loop, MemoryTask, make_loop
 
 NUM_ENVS, NUM_AGENTS = 12, 8
 
@@ -135,23 +135,6 @@ def test_npc_weights_do_not_change() -> None:
     assert not npc.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in npc.state_dict().items())
     assert all(not parameter.requires_grad and parameter.grad is None for parameter in npc.parameters())
-
-
-class Always(nn.Module):
-    """Takes one action, by its name."""
-
-    def __init__(self, spec: EnvSpec, action: str) -> None:
-        super().__init__()
-        self.state_size = 0
-        self.index, self.num_actions = spec.actions.index(action), len(spec.actions)
-
-    def pack(self) -> None:
-        pass
-
-    def forward_step(self, obs: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = torch.full((len(obs), self.num_actions), -torch.inf)
-        logits[:, self.index] = 0.0
-        return logits, torch.zeros(len(obs)), state
 
 
 class RecordingEnv:

@@ -41,9 +41,9 @@ from dual_policy_plugin.rollout.collector import collect_rollout, start_rollouts
 from dual_policy_plugin.rollout.episode_metrics import EpisodeMetrics
 from dual_policy_plugin.rollout.mixed_policy import MixedPolicy
 from dual_policy_plugin.train import train
-from dual_policy_plugin.types import EnvSpec, StepResult, VecEnv
+from dual_policy_plugin.types import StepResult, VecEnv
 from tests.envs.toy_envs import make_late_puffer, make_script
-from tests.harness import CPU, Loop, make_loop
+from tests.harness import CPU, Always, Loop, make_loop
 from tests.rl.real_env_hosts import make_clock, make_logged, make_surveyed
 
 ROOT = Path(__file__).parents[2]
@@ -151,24 +151,6 @@ def test_torch_leaves_the_workers_their_cores(monkeypatch: pytest.MonkeyPatch) -
 
 
 # The NPC acts on its seats, and only there
-
-
-class Always(nn.Module):
-    """Takes one action, by its name."""
-
-    state_size = 0
-
-    def __init__(self, spec: EnvSpec, action: str) -> None:
-        super().__init__()
-        self.index, self.num_actions = spec.actions.index(action), len(spec.actions)
-
-    def pack(self) -> None:
-        pass
-
-    def forward_step(self, obs: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = torch.full((len(obs), self.num_actions), -torch.inf)
-        logits[:, self.index] = 0.0
-        return logits, torch.zeros(len(obs)), state
 
 
 class Recorded:
