@@ -5,6 +5,7 @@ Takes the environment variables that torchrun sets; without them there is one ra
 
 from __future__ import annotations
 
+import importlib
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -45,6 +46,9 @@ def join_ranks(device_type: str) -> Ranks:
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
     if ranks.world_size > 1 and not dist.is_initialized():
+        # Adam imports this at its first use, and it keeps a process group alive that exists by then: the group's
+        # threads would outlive leave_ranks and now and then abort the interpreter's end. Now it has none to keep.
+        importlib.import_module("torch._dynamo")
         dist.init_process_group(
             "nccl" if device_type == "cuda" else "gloo",
             timeout=timedelta(hours=1),  # the others wait while rank 0 evaluates

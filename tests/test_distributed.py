@@ -47,6 +47,8 @@ config = Config(run="two", train_dir=path, device="cpu", env=EnvConfig(num_envs=
                 trainer=TrainerConfig(total_timesteps=steps, horizon=16, threads=1, dual_policy=dual))
 try:
     train(config, resolved_yaml="a: 1\\n")
+    threads = [Path("/proc/self/task", task, "comm").read_text().strip() for task in os.listdir("/proc/self/task")]
+    assert not any("gloo" in name for name in threads), threads
     print("rank", os.environ["RANK"], "is through")
 except DualPolicyError as error:
     print(error, file=sys.stderr)
