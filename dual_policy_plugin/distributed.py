@@ -5,7 +5,6 @@ Takes the environment variables that torchrun sets; without them there is one ra
 
 from __future__ import annotations
 
-import importlib
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -48,7 +47,7 @@ def join_ranks(device_type: str) -> Ranks:
     if ranks.world_size > 1 and not dist.is_initialized():
         # Adam imports this at its first use, and it keeps a process group alive that exists by then: the group's
         # threads would outlive leave_ranks and now and then abort the interpreter's end. Now it has none to keep.
-        importlib.import_module("torch._dynamo")
+        from torch import _dynamo  # noqa: F401
         dist.init_process_group(
             "nccl" if device_type == "cuda" else "gloo",
             timeout=timedelta(hours=1),  # the others wait while rank 0 evaluates
