@@ -48,6 +48,7 @@ def join_ranks(device_type: str) -> Ranks:
         # Adam imports this at its first use, and it keeps a process group alive that exists by then: the group's
         # threads would outlive leave_ranks and now and then abort the interpreter's end. Now it has none to keep.
         from torch import _dynamo  # noqa: F401
+
         dist.init_process_group(
             "nccl" if device_type == "cuda" else "gloo",
             timeout=timedelta(hours=1),  # the others wait while rank 0 evaluates
