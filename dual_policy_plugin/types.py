@@ -8,7 +8,7 @@ and a value. Who acts for which seat is known to `rollout/assignment.py` alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # workers import this module and must not wait for torch
     from torch import Tensor
@@ -80,7 +80,8 @@ class StepResult:
     episode_ends: Tensor
     """(num_envs,) bool. True where the env's episode ended: the next observation is the first of a new one."""
     truncated: Tensor | None = None
-    """(num_envs, num_agents) bool, a subset of dones: ended by a limit, not by the rules. None: never."""
+    """(num_envs, num_agents) bool, a subset of dones: ended by a limit, not by the rules. None: never. May lie on the
+    host whatever the device is: its reader must know the rows, and would wait if it had to ask a device."""
     weights: Tensor | None = None
     """(num_envs, num_agents) float32. 1 where the agent acted in this step, 0 where the seat was empty. None: all 1."""
     scores: Tensor | None = None
@@ -113,6 +114,20 @@ class VecEnv(Protocol):
 
     def close(self) -> None:
         """Ends workers and frees what the env holds; may be called twice."""
+
+
+@runtime_checkable
+class AsyncVecEnv(VecEnv, Protocol):
+    """A VecEnv that is stepped elsewhere, by workers: the trainer can use one half while the other half steps."""
+
+    def send(self, actions: Tensor) -> None:
+        """Begins a step; `receive` ends it, and nothing else may be asked of these envs in between."""
+
+    def receive(self) -> StepResult:
+        """What the step did that `send` began."""
+
+    def halves(self) -> tuple[AsyncVecEnv, AsyncVecEnv] | None:
+        """The first and the other envs, as two envs that are views of this one; None where it cannot be split."""
 
 
 class Policy(Protocol):

@@ -29,8 +29,9 @@ from dual_policy_plugin.envs.shared_rows import map_arrays, rows_of
 from dual_policy_plugin.errors import DualPolicyError, EnvError
 from dual_policy_plugin.types import ObservationSpace
 
-STEP, RESET, QUIT = b"s", b"r", b"q"  # commands
-DONE, FAILED = b"k", b"e"  # answers
+RESET, QUIT = b"r", b"q"  # commands; a command that was carried out is also the answer
+STEP = {(0, 1): b"s", (0,): b"0", (1,): b"1"}  # the halves of this worker's envs that are stepped
+DONE, FAILED = b"k", b"e"  # other answers
 PARENT_CHECK_S = 1.0
 
 
@@ -100,11 +101,12 @@ def make_hosts(setup: dict[str, Any]) -> list[Host]:
     """This worker's hosts, whose spaces must be equal."""
     make = load_target(setup["target"])
     hosts: list[Host] = []
-    for index in range(setup["first_env"], setup["first_env"] + setup["count"]):
+    indices = [setup["first_env"] + env for envs in setup["halves"] for env in range(*envs)]
+    for index in indices:
         hosts.append(as_host(make(index, **setup["args"]), setup["name"]))
         if hosts[-1].spec != hosts[0].spec:
             raise EnvError(
-                f"env.name={setup['name']}: env {index} differs from env {setup['first_env']} in its agents, spaces or "
+                f"env.name={setup['name']}: env {index} differs from env {indices[0]} in its agents, spaces or "
                 f"length ({hosts[-1].spec} and {hosts[0].spec}); make every env alike"
             )
     return hosts
@@ -120,22 +122,23 @@ def serve(connection: socket.socket, memory_fd: int) -> None:
         return
     arrays = map_arrays(memory_fd, hosts[0].spec, setup["num_envs"], resize=False)
     os.close(memory_fd)
-    start, end = setup["start"], setup["start"] + setup["count"]
-    runners = [
-        EpisodeRunner(host, rows_of(arrays, index), setup["first_env"] + index - start)
-        for host, index in zip(hosts, range(start, end), strict=True)
+    unused = iter(hosts)
+    halves = [
+        {env: EpisodeRunner(next(unused), rows_of(arrays, env), setup["first_env"] + env) for env in range(*envs)}
+        for envs in setup["halves"]
     ]
+    steps = {command: [runner for i in which for runner in halves[i].values()] for which, command in STEP.items()}
     while (command := connection.recv(1)) not in (QUIT, b""):
-        if command == STEP:
-            for runner in runners:
+        if command in steps:
+            for runner in steps[command]:
                 runner.step()
         else:
             order = receive_message(connection)
             longest = hosts[0].spec.max_episode_steps
-            for runner, index in zip(runners, range(start, end), strict=True):
-                cut = first_cut(index, setup["num_envs"], longest) if order["stagger"] else longest
+            for env, runner in ((env, runner) for i in order["halves"] for env, runner in halves[i].items()):
+                cut = first_cut(env, setup["num_envs"], longest) if order["stagger"] else longest
                 runner.reset(order["seed"], cut)
-        connection.sendall(DONE)
+        connection.sendall(command)
     for host in hosts:
         host.close()
 

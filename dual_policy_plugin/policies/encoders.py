@@ -6,6 +6,7 @@ copies in the compute dtype that `pack` made once, for the rollout and for froze
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,10 +17,15 @@ from dual_policy_plugin.policies.gather_sum import gather_sum
 from dual_policy_plugin.types import ObservationSpace
 
 Pack = dict[str, Tensor]
+CHUNK = 64  # kernels take a window's columns and its feature rows by this many
 
 
 class WindowEncoder(nn.Module):
-    """Sums one learned vector per (cell, code) of the window and a linear map of the own-state bytes."""
+    """Sums one learned vector per (cell, code) of the window and a linear map of the own-state bytes.
+
+    On CUDA the sum is one matrix product with feature rows (num_features, width); the head of kernels/window.py
+    gives their order.
+    """
 
     own_scale: Tensor
     cell_offset: Tensor
@@ -29,6 +35,12 @@ class WindowEncoder(nn.Module):
         self.num_cells = space.window[0] * space.window[1]
         self.num_codes = len(space.features)
         self.num_own = len(space.own)
+        padded_cells = math.ceil(self.num_cells / CHUNK) * CHUNK
+        first_own = self.num_cells % CHUNK
+        padded_own = math.ceil((first_own + self.num_own + 1) / CHUNK) * CHUNK  # own state, bias
+        self.num_features = (self.num_codes - 1) * padded_cells + padded_own
+        self._cell_padding = (0, 0, 0, padded_cells - self.num_cells)
+        self._own_padding = (0, 0, first_own, padded_own - first_own - self.num_own - 1)
         # code 0 is "empty" and has no vector: an empty cell adds nothing
         self.table = nn.Parameter(torch.randn(self.num_cells, self.num_codes - 1, width) * 0.1)
         self.own = nn.Parameter(torch.randn(self.num_own, width) * 0.1)
@@ -47,6 +59,17 @@ class WindowEncoder(nn.Module):
         # (num_cells * num_codes, width) with a zero row for every empty cell
         return F.pad(self.table.to(dtype), (0, 0, 1, 0)).flatten(0, 1)
 
+    def _feature_rows(self) -> Tensor:
+        # (num_features, width): a row per (code, cell), then own state, then the bias; zero rows between and after
+        one_hot = F.pad(self.table.transpose(0, 1), self._cell_padding).flatten(0, 1)
+        own = F.pad(torch.cat([self.own, self.bias.unsqueeze(0)]), self._own_padding)
+        return torch.cat([one_hot, own])
+
+    @torch.no_grad()
+    def stacked_rows(self, dtype: torch.dtype) -> Tensor:
+        """All parameters as the kernels' feature rows: (num_features, width) in `dtype`, without gradient."""
+        return self._feature_rows().to(dtype)
+
     def pack(self, dtype: torch.dtype) -> Pack:
         """Copies of the parameters in the compute dtype, without gradient."""
         return {"table": self._flat_table(dtype), "own": self.own.to(dtype), "bias": self.bias.to(dtype)}
@@ -55,8 +78,13 @@ class WindowEncoder(nn.Module):
         """Encodes obs (num_rows, num_bytes) uint8 with packed parameters."""
         return self._encode(obs, pack["table"], pack["own"], pack["bias"])
 
-    def forward(self, obs: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(self, obs: Tensor, dtype: torch.dtype, *, use_kernels: bool = False) -> Tensor:
         """Encodes obs (num_rows, num_bytes) uint8 -> (num_rows, width) in `dtype`."""
+        if use_kernels:
+            from dual_policy_plugin.kernels.window import window_product
+
+            sizes = {"num_cells": self.num_cells, "num_codes": self.num_codes}
+            return window_product(obs, self._feature_rows(), self.own_scale, **sizes, dtype=dtype)
         return self._encode(obs, self._flat_table(dtype), self.own.to(dtype), self.bias.to(dtype))
 
 
@@ -92,7 +120,7 @@ class TokenEncoder(nn.Module):
         """Encodes obs (num_rows, num_tokens, 3) uint8 with packed parameters."""
         return self._encode(obs, pack["table"], pack["bias"])
 
-    def forward(self, obs: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(self, obs: Tensor, dtype: torch.dtype, *, use_kernels: bool = False) -> Tensor:
         """Encodes obs (num_rows, num_tokens, 3) uint8 -> (num_rows, width) in `dtype`."""
         return self._encode(obs, F.pad(self.table.to(dtype), (0, 0, 0, 1)), self.bias.to(dtype))
 
@@ -136,7 +164,7 @@ class VectorEncoder(nn.Module):
         """Encodes obs (num_rows, num_features) float32 with packed parameters."""
         return F.linear(self._normalize(obs).to(pack["weight"].dtype), pack["weight"], pack["bias"])
 
-    def forward(self, obs: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(self, obs: Tensor, dtype: torch.dtype, *, use_kernels: bool = False) -> Tensor:
         """Encodes obs (num_rows, num_features) float32 -> (num_rows, width) in `dtype`."""
         return F.linear(self._normalize(obs).to(dtype), self.linear.weight.to(dtype), self.linear.bias.to(dtype))
 

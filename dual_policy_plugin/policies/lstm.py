@@ -33,6 +33,18 @@ def lstm_segment_plain(gates_x: Tensor, weight_hh: Tensor, state: Tensor, dones:
     return torch.stack(outputs).to(gates_x.dtype)
 
 
+def _tanh(x: Tensor, wide: Tensor, one: Tensor, *, out: Tensor) -> None:
+    """tanh(x) = 1 - 2 sigmoid(-2x), in float32: on a CPU torch's own tanh takes three to ten times as long.
+
+    Args:
+        x, out: (num_rows, hidden) of any dtype, possibly the same tensor.
+        wide: (num_rows, hidden) float32, scratch.
+        one: () float32, 1.
+    """
+    torch.mul(x, -2.0, out=wide).sigmoid_()
+    torch.add(one, wide, alpha=-2.0, out=out)
+
+
 class _LstmSegment(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gates_x: Tensor, weight_hh: Tensor, state: Tensor, alive: Tensor) -> Tensor:
@@ -46,16 +58,18 @@ class _LstmSegment(torch.autograd.Function):
         outputs = torch.empty(horizon, num_rows, size, dtype=dtype, device=gates.device)
         hiddens[0] = state[:, :size]
         cells[0] = state[:, size:]
+        wide = torch.empty(num_rows, size, device=gates.device)
+        one = torch.ones((), device=gates.device)
         for t in range(horizon):
             step = gates[t]
             torch.addmm(gates_x[t], hiddens[t], weight_hh, out=step)
             sigmoids, g = step[:, : 3 * size], step[:, 3 * size :]
             sigmoids.sigmoid_()
-            g.tanh_()
+            _tanh(g, wide, one, out=g)
             i, f, o = sigmoids.chunk(3, dim=1)
-            cell = torch.mul(i, g, out=cells[t + 1]) if dtype == torch.float32 else cells[t + 1].copy_(i * g)
-            cell.addcmul_(f.float() if dtype != torch.float32 else f, cells[t])  # c' = f * c + i * g
-            cell_tanh[t].copy_(cell).tanh_()
+            cell = torch.mul(f, cells[t], out=cells[t + 1])  # c' = f * c + i * g
+            cell.add_(torch.mul(i, g))
+            _tanh(cell, wide, one, out=cell_tanh[t])
             torch.mul(o, cell_tanh[t], out=outputs[t])
             torch.mul(outputs[t], alive[t], out=hiddens[t + 1])
             cell.mul_(alive[t])
@@ -93,7 +107,30 @@ class _LstmSegment(torch.autograd.Function):
         return grad_gates, grad_weight, None, None
 
 
-def lstm_segment(gates_x: Tensor, weight_hh: Tensor, state: Tensor, dones: Tensor) -> Tensor:
+class _FusedLstmSegment(torch.autograd.Function):
+    """The fused twin of `_LstmSegment`: one launch forward, one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gates_x: Tensor, weight_hh: Tensor, state: Tensor, dones: Tensor) -> Tensor:
+        from dual_policy_plugin.kernels.lstm import lstm_forward  # a machine without a GPU has no Triton
+
+        outputs, gates, cells, hiddens = lstm_forward(gates_x, weight_hh, state, dones)
+        ctx.save_for_backward(gates, weight_hh, cells, hiddens, dones)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        from dual_policy_plugin.kernels.lstm import lstm_backward
+
+        gates, weight_hh, cells, hiddens, dones = ctx.saved_tensors
+        grad_gates = lstm_backward(grad_outputs, gates, weight_hh, cells, dones)
+        grad_weight = hiddens.flatten(0, 1).t() @ grad_gates.flatten(0, 1)
+        return grad_gates, grad_weight, None, None
+
+
+def lstm_segment(
+    gates_x: Tensor, weight_hh: Tensor, state: Tensor, dones: Tensor, *, use_kernels: bool = False
+) -> Tensor:
     """Hidden outputs of every step of a segment; h and c are zeroed after a step that ended the episode.
 
     No gradient flows into `state`: a segment starts from the state that the rollout had (truncated backpropagation).
@@ -103,10 +140,15 @@ def lstm_segment(gates_x: Tensor, weight_hh: Tensor, state: Tensor, dones: Tenso
         weight_hh: (size, 4 * size), same dtype.
         state: (num_rows, 2 * size) float32, h and c before the first step.
         dones: (horizon, num_rows) bool.
+        use_kernels: whether to run the Triton kernels; `kernels.lstm.supports` says for which sizes there are some.
 
     Returns:
         (horizon, num_rows, size) in the dtype of gates_x.
     """
+    result: Tensor
+    if use_kernels:
+        result = _FusedLstmSegment.apply(gates_x, weight_hh, state, dones)  # type: ignore[no-untyped-call]
+        return result
     alive = (~dones).to(gates_x.dtype).unsqueeze(-1)
-    result: Tensor = _LstmSegment.apply(gates_x, weight_hh, state, alive)  # type: ignore[no-untyped-call]
+    result = _LstmSegment.apply(gates_x, weight_hh, state, alive)  # type: ignore[no-untyped-call]
     return result

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dual_policy_plugin.config import check
-from dual_policy_plugin.policies.encoders import Pack, VectorEncoder, build_encoder
-from dual_policy_plugin.policies.lstm import lstm_cell, lstm_segment
+from dual_policy_plugin.policies.encoders import Pack, VectorEncoder, WindowEncoder, build_encoder
+from dual_policy_plugin.policies.fast_step import LstmLayer, Span, StepBuffers, fast_step, fitting_buffers, row_blocks
+from dual_policy_plugin.policies.lstm import lstm_segment
+from dual_policy_plugin.policies.window_table import window_layout
 from dual_policy_plugin.types import ObservationSpace
 
 MAX_HIDDEN_SIZE = 8192
@@ -23,6 +25,8 @@ MAX_HIDDEN_SIZE = 8192
 
 class _Net(nn.Module):
     """What `fast` and `mlp` share: the encoder, the heads in one matrix, and packing."""
+
+    _offsets: Tensor | None
 
     def __init__(self, space: ObservationSpace, actions: tuple[str, ...], hidden_size: int) -> None:
         super().__init__()
@@ -32,7 +36,11 @@ class _Net(nn.Module):
         self.hidden_size = hidden_size
         self.num_actions = len(actions)
         self.compute_dtype = torch.float32
+        self.use_kernels = False  # whether `forward_segment` runs the fused kernels; True on CUDA
         self.encoder = build_encoder(space, hidden_size)
+        self.layout = window_layout(space)  # of the packed encoder; None: as the encoder itself packs it
+        offsets = None if self.layout is None else self.layout.offsets()
+        self.register_buffer("_offsets", offsets, persistent=False)
         self.heads = nn.Linear(hidden_size, self.num_actions + 1)  # the last output is the value
         nn.init.orthogonal_(self.heads.weight[:-1], 0.01)
         nn.init.orthogonal_(self.heads.weight[-1:], 1.0)
@@ -44,23 +52,32 @@ class _Net(nn.Module):
         assert isinstance(self.encoder, VectorEncoder)
         self.encoder.update_statistics(count, mean, variance)
 
-    def _split_heads(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        output = output.float()
-        return output[..., :-1], output[..., -1]
-
     def _heads(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         dtype = self.compute_dtype
-        return self._split_heads(F.linear(hidden.to(dtype), self.heads.weight.to(dtype), self.heads.bias.to(dtype)))
+        output = F.linear(hidden.to(dtype), self.heads.weight.to(dtype), self.heads.bias.to(dtype)).float()
+        return output[..., :-1], output[..., -1]
 
-    def _packed_heads(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        heads = self._pack["heads"]
-        return self._split_heads(torch.addmm(heads["bias"], hidden.to(self.compute_dtype), heads["weight"]))
+    def packed(self, part: str, name: str) -> Tensor:
+        """What `pack` made: encoder table, heads weight, ..."""
+        return self._pack[part][name]
+
+    def _encode_packed(self, obs: Tensor) -> Tensor:
+        """Encodings (num_rows, hidden_size) before the activation, through the packed parameters."""
+        pack = self._pack["encoder"]
+        if self.layout is None:
+            return self.encoder.packed(obs, pack)
+        assert self._offsets is not None
+        return F.embedding_bag(self.layout.index(obs.contiguous(), self._offsets), pack["table"], mode="sum")
 
     @torch.no_grad()
     def pack(self) -> None:
         """Copies the parameters into the compute dtype for `forward_step`."""
         dtype = self.compute_dtype
-        self._pack["encoder"] = self.encoder.pack(dtype)
+        if self.layout is None:
+            self._pack["encoder"] = self.encoder.pack(dtype)
+        else:
+            assert isinstance(self.encoder, WindowEncoder)
+            self._pack["encoder"] = {"table": self.layout.table(self.encoder, dtype)}
         self._pack["heads"] = {
             "weight": self.heads.weight.t().to(dtype).contiguous(),
             "bias": self.heads.bias.to(dtype),
@@ -77,32 +94,38 @@ class FastPolicy(_Net):
         self.weight_ih = nn.Parameter(torch.empty(hidden_size, 4 * hidden_size).uniform_(-bound, bound))
         self.weight_hh = nn.Parameter(torch.empty(hidden_size, 4 * hidden_size).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(4 * hidden_size))
+        self.lstm: LstmLayer | None = None  # made by `pack`
+        self._scratch: StepBuffers | None = None
 
     @torch.no_grad()
     def pack(self) -> None:
         """Copies the parameters into the compute dtype for `forward_step`."""
         super().pack()
         weights = torch.cat([self.weight_ih, self.weight_hh]).to(self.compute_dtype)  # one product for x and h
-        self._pack["lstm"] = {"weight": weights, "bias": self.bias.to(self.compute_dtype)}
+        self.lstm = LstmLayer(weight=weights, bias=self.bias.to(self.compute_dtype))
 
     @torch.no_grad()
     def forward_step(self, obs: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As Policy.forward_step, through the packed parameters."""
-        lstm = self._pack["lstm"]
-        encoded = self.encoder.packed(obs, self._pack["encoder"]).relu_()
-        hidden, cell = state.chunk(2, dim=1)
-        both = torch.cat([encoded, hidden.to(self.compute_dtype)], dim=1)
-        hidden, cell = lstm_cell(torch.addmm(lstm["bias"], both, lstm["weight"]), cell)
-        logits, values = self._packed_heads(hidden)
-        return logits, values, torch.cat([hidden, cell], dim=1)
+        """As Policy.forward_step, through the packed parameters; logits are a transposed view."""
+        num_rows, lstm, heads = len(obs), self.lstm, self._pack["heads"]
+        assert lstm is not None, "pack comes first"
+        new_state = torch.empty(num_rows, self.state_size, device=state.device)
+        outputs = torch.empty(self.num_actions + 1, num_rows, device=state.device)
+        for rows in row_blocks(num_rows, state.device):
+            span = Span(lstm, 0, rows.stop - rows.start)
+            self._scratch = fitting_buffers(self._scratch, lstm, span.stop)
+            encoded = self._encode_packed(obs[rows])
+            hidden = fast_step(encoded, state[rows], [span], self._scratch, new_state=new_state[rows])
+            outputs[:, rows] = torch.addmm(heads["bias"], hidden, heads["weight"]).t()
+        return outputs[:-1].t(), outputs[-1], new_state
 
     def forward_segment(self, obs: Tensor, state: Tensor, dones: Tensor) -> tuple[Tensor, Tensor]:
         """As Policy.forward_segment, with gradients in the parameters."""
         horizon, num_rows = dones.shape
         dtype = self.compute_dtype
-        encoded = self.encoder(obs.flatten(0, 1), dtype).relu()
+        encoded = self.encoder(obs.flatten(0, 1), dtype, use_kernels=self.use_kernels).relu()
         gates_x = torch.addmm(self.bias.to(dtype), encoded, self.weight_ih.to(dtype)).view(horizon, num_rows, -1)
-        hidden = lstm_segment(gates_x, self.weight_hh.to(dtype), state, dones)
+        hidden = lstm_segment(gates_x, self.weight_hh.to(dtype), state, dones, use_kernels=self.use_kernels)
         return self._heads(hidden)
 
 
@@ -125,13 +148,14 @@ class MlpPolicy(_Net):
     def forward_step(self, obs: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As Policy.forward_step, through the packed parameters."""
         layer = self._pack["hidden"]
-        encoded = self.encoder.packed(obs, self._pack["encoder"]).relu_()
-        logits, values = self._packed_heads(F.linear(encoded, layer["weight"], layer["bias"]).relu_())
-        return logits, values, state
+        hidden = F.linear(self._encode_packed(obs).relu_(), layer["weight"], layer["bias"]).relu_()
+        heads = self._pack["heads"]
+        output = torch.addmm(heads["bias"], hidden, heads["weight"]).t().float()  # (num_actions + 1, num_rows)
+        return output[:-1].t(), output[-1], state
 
     def forward_segment(self, obs: Tensor, state: Tensor, dones: Tensor) -> tuple[Tensor, Tensor]:
         """As Policy.forward_segment, with gradients in the parameters; state and dones have no say."""
         dtype = self.compute_dtype
-        encoded = self.encoder(obs.flatten(0, 1), dtype).relu()
+        encoded = self.encoder(obs.flatten(0, 1), dtype, use_kernels=self.use_kernels).relu()
         hidden = F.linear(encoded, self.hidden.weight.to(dtype), self.hidden.bias.to(dtype)).relu()
         return self._heads(hidden.view(*dones.shape, -1))

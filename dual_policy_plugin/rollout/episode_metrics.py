@@ -5,6 +5,8 @@ Takes StepResults and the Assignment; gives the `dual_policy/*` and `env/*` figu
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -19,11 +21,13 @@ class EpisodeMetrics:
 
     An episode's return is a row's summed reward. The learner wins an episode in which its agents' mean return exceeds
     the NPC agents' mean return; equal is half a win. Where the env gives scores, their means are compared instead.
+    All tensors are written in place and never replaced.
 
     Attributes:
         returns: (num_envs, num_agents) float64, of the running episodes: sums of float32 rewards are exact in it, so a
             tie of fractions is a tie.
         is_counting: (num_envs,) bool, whether the running episode will count when it ends.
+        count_later: whether the next ones will.
         sums: (num_npcs, num_fields) float64: episodes, wins, the two returns, then the env's counters of both.
     """
 
@@ -42,13 +46,19 @@ class EpisodeMetrics:
         self.num_npcs = 1 if pool is None else len(pool.npcs)
         self.returns = torch.zeros(spec.num_envs, spec.num_agents, dtype=torch.float64, device=device)
         self.is_counting = torch.full((spec.num_envs,), count_first, device=device)
-        self._count_later = torch.tensor(count_later, device=device)
+        self._envs, self.count_later = slice(0, spec.num_envs), count_later
         # (num_agents, 2): sums over learner seats, over NPC seats, as one product
         teams = torch.zeros(spec.num_agents, 2, dtype=torch.float64, device=device)
         teams[list(assignment.learner_seats), 0] = 1.0
         teams[list(assignment.npc_seats), 1] = 1.0
         self._teams = teams
         self.sums = torch.zeros(self.num_npcs, 4 + 2 * len(spec.counters), dtype=torch.float64, device=device)
+
+    def part(self, envs: slice) -> EpisodeMetrics:
+        """The metrics of some of the envs, which are added to the same sums; episodes' returns are views."""
+        part = copy.copy(self)
+        part.returns, part.is_counting, part._envs = self.returns[envs], self.is_counting[envs], envs
+        return part
 
     @torch.no_grad()
     def add(self, result: StepResult) -> None:
@@ -68,15 +78,24 @@ class EpisodeMetrics:
         if self.pool is None or self.num_npcs == 1:
             self.sums[0] += rows.sum(dim=0)
         else:
-            is_npc = self.pool.npc_of_env.unsqueeze(0) == torch.arange(self.num_npcs, device=rows.device).unsqueeze(1)
+            npc_of_env = self.pool.npc_of_env[self._envs]
+            is_npc = npc_of_env.unsqueeze(0) == torch.arange(self.num_npcs, device=rows.device).unsqueeze(1)
             self.sums += is_npc.double() @ rows
         self.returns.masked_fill_(result.episode_ends.unsqueeze(1), 0.0)
-        self.is_counting = torch.where(result.episode_ends, self._count_later, self.is_counting)
+        self.is_counting.masked_fill_(result.episode_ends, self.count_later)
 
     def take(self, ranks: Ranks) -> dict[str, float]:
-        """The figures of all ranks since the last call; names whose episodes are none are absent, not zero."""
-        sums = sum_over_ranks(self.sums.clone(), ranks).cpu()
+        """The figures of all ranks since the last call."""
+        return self.figures(self.take_sums(ranks).cpu())
+
+    def take_sums(self, ranks: Ranks) -> Tensor:
+        """`sums` of all ranks since the last call, on the device; the own ones start anew."""
+        sums = sum_over_ranks(self.sums.clone(), ranks)
         self.sums.zero_()
+        return sums
+
+    def figures(self, sums: Tensor) -> dict[str, float]:
+        """The figures of `take_sums`, on the host; names whose episodes are none are absent, not zero."""
         has_npc = self.assignment.num_npc > 0
         metrics: dict[str, float] = {"dual_policy/policy_a_agent_count": float(self.assignment.num_learner)}
         if has_npc:

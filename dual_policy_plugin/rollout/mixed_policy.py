@@ -5,13 +5,14 @@ Takes the learner rows' and the NPC rows' observations; gives the action table t
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dual_policy_plugin import rng
-from dual_policy_plugin.policies.pool import NpcPool
+from dual_policy_plugin.policies.pool import NpcPool, zero_rows
 from dual_policy_plugin.policies.sampling import sample_actions
 from dual_policy_plugin.rollout.assignment import Assignment
 from dual_policy_plugin.types import EnvSpec, StepResult, VecEnv
@@ -28,9 +29,25 @@ class RandomNumbers:
     draw: Tensor
     """(num_steps, num_envs) float32, for the choice of the next NPC."""
 
+    def part(self, envs: slice) -> RandomNumbers:
+        """The numbers of some envs, as views."""
+        num_envs = self.draw.shape[1]
+        return RandomNumbers(
+            learner=self.learner[:, _rows_of(envs, self.learner.shape[1] // num_envs)],
+            npc=self.npc[:, _rows_of(envs, self.npc.shape[1] // num_envs)],
+            draw=self.draw[:, envs],
+        )
+
+
+def _rows_of(envs: slice, num_seats: int) -> slice:
+    """The rows of some envs that have `num_seats` each."""
+    return slice(envs.start * num_seats, envs.stop * num_seats)
+
 
 class MixedPolicy:
     """The learner, the pool and the recurrent state of both, over the rows that an Assignment gives them.
+
+    All tensors are written in place and never replaced: views of them, and a captured graph, stay right.
 
     Attributes:
         learner_state: (num_envs * num_learner, state_size) float32.
@@ -53,6 +70,22 @@ class MixedPolicy:
         self.npc_obs = torch.zeros((self.num_npc_rows, *space.shape), dtype=getattr(torch, space.dtype), device=device)
         self.actions = torch.zeros(spec.num_envs, assignment.num_agents, dtype=torch.int64, device=device)
 
+    def rows(self, envs: slice) -> slice:
+        """The learner rows of some envs."""
+        return _rows_of(envs, self.assignment.num_learner)
+
+    def part(self, envs: slice) -> MixedPolicy:
+        """The same policies over some of the envs: states, scratch and action table are views of this one's."""
+        assert type(self) is MixedPolicy, f"{type(self).__name__} has no `part`: its further tensors would not be split"
+        part = copy.copy(self)
+        learner_rows, npc_rows = self.rows(envs), _rows_of(envs, self.assignment.num_npc)
+        part.pool = None if self.pool is None else self.pool.part(envs)
+        part.learner_state, part.npc_obs = self.learner_state[learner_rows], self.npc_obs[npc_rows]
+        part.actions = self.actions[envs]
+        part.num_envs = len(part.actions)
+        part.num_learner_rows, part.num_npc_rows = len(part.learner_state), len(part.npc_obs)
+        return part
+
     def observe(self, env: VecEnv, learner_obs: Tensor) -> None:
         """Has the env write the learner rows into `learner_obs` and the NPC rows into the scratch buffer."""
         env.observe(self.learner_seats, learner_obs)
@@ -71,7 +104,8 @@ class MixedPolicy:
         Returns:
             actions (rows,) int64, logits (rows, num_actions), values (rows,).
         """
-        logits, values, self.learner_state = self.learner.forward_step(learner_obs, self.learner_state)  # type: ignore[operator]
+        logits, values, state = self.learner.forward_step(learner_obs, self.learner_state)  # type: ignore[operator]
+        self.learner_state.copy_(state)
         actions = sample_actions(logits, u_learner)
         self.actions.index_copy_(1, self.learner_seats, actions.view(self.num_envs, -1))
         if self.pool is not None:
@@ -81,7 +115,7 @@ class MixedPolicy:
 
     def end_step(self, result: StepResult, learner_dones: Tensor, u_draw: Tensor) -> None:
         """Zeroes the recurrent states of rows whose episode ended; draws new NPCs where an env's did."""
-        self.learner_state = self.learner_state.masked_fill(learner_dones.unsqueeze(1), 0.0)
+        zero_rows(self.learner_state, learner_dones)
         if self.pool is not None:
             npc_dones = result.dones.index_select(1, self.npc_seats).flatten()
             self.pool.end_steps(npc_dones, result.episode_ends, u_draw)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from pathlib import Path
@@ -17,7 +18,9 @@ from toy_envs import make_late_puffer, make_script, make_trouble, make_uneven, m
 
 from dual_policy_plugin.config import EnvConfig
 from dual_policy_plugin.envs.build import make_env
+from dual_policy_plugin.envs.crew import split_envs
 from dual_policy_plugin.envs.host import episode_seed, first_cut
+from dual_policy_plugin.envs.worker_process import STEP
 from dual_policy_plugin.errors import ConfigError, EnvError
 
 HERE = Path(__file__).parent
@@ -83,6 +86,108 @@ def test_results_do_not_depend_on_the_number_of_workers(build):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     noise = torch.stack([step[0] for step in one])[:, :, 2]
     assert noise.unique().numel() == 12 * 4  # every env and episode has its own
+
+
+@pytest.fixture
+def _cores(monkeypatch):
+    """Cores enough for halves to pay."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+
+
+def test_there_are_halves_where_the_trainer_has_a_core_of_its_own(build, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 5}, raising=False)
+    assert build(make_walker, num_workers=3).halves() is None
+    first, second = build(make_walker, num_workers=2).halves()
+    assert first.halves() is second.halves() is None
+    assert build(make_walker, num_workers=1, num_envs=1).halves() is None
+    assert build(make_walker, num_workers=1, num_envs=2).halves() is not None
+
+
+@pytest.mark.usefixtures("_cores")
+def test_halves_are_views_that_step_by_themselves(build):
+    """Whichever half is received first: what stands in the whole's rows is what a step of the whole gives."""
+    env, twin = build(make_walker, num_envs=5, num_workers=3), build(make_walker, num_envs=5, num_workers=2)
+    first, second = env.halves()
+    assert [half.spec.num_envs for half in (env, first, second)] == [5, 2, 3]
+    assert first.spec.actions == env.spec.actions
+    env.reset(3, stagger=True)
+    twin.reset(3, stagger=True)
+    seats = torch.tensor([1, 0])
+    for time_step in range(20):
+        actions = torch.arange(10).view(5, 2).add(time_step).remainder(3)
+        first.send(actions[:2])
+        second.send(actions[2:])
+        late = first if time_step % 2 else second
+        results = {half: half.receive() for half in (first, second) if half is not late} | {late: late.receive()}
+        expected = twin.step(actions)
+        assert torch.equal(torch.cat([results[first].rewards, results[second].rewards]), expected.rewards)
+        assert torch.equal(torch.cat([results[first].truncated, results[second].truncated]), expected.truncated)
+        assert torch.equal(
+            torch.cat([results[first].episode_ends, results[second].episode_ends]), expected.episode_ends
+        )
+        for name in ("observe", "observe_final"):
+            whole, parts, other = (torch.full((10, 3), -7.0) for _ in range(3))
+            getattr(env, name)(seats, whole)
+            getattr(first, name)(seats, parts[:4])
+            getattr(second, name)(seats, parts[4:])
+            getattr(twin, name)(seats, other)
+            assert torch.equal(whole, parts)
+            assert torch.equal(whole, other)
+    assert expected.rewards.abs().sum() > 0
+
+
+@pytest.mark.usefixtures("_cores")
+def test_an_interrupted_rollout_leaves_nothing_under_way_after_a_reset(build):
+    env, twin = build(make_walker), build(make_walker)
+    env.reset(3)
+    first, second = env.halves()
+    first.send(torch.ones(2, 2, dtype=torch.int64))
+    second.send(torch.ones(2, 2, dtype=torch.int64))
+    second.receive()
+    for ours, theirs in zip(record(env, 3), record(twin, 3), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for half in (first, second):
+        half.send(torch.ones(2, 2, dtype=torch.int64))
+    rewards = [half.receive().rewards for half in (first, second)]
+    assert torch.equal(torch.cat(rewards), twin.step(torch.ones(4, 2, dtype=torch.int64)).rewards)
+
+
+def test_an_order_may_follow_something_that_the_caller_does_not_wait_for(build):
+    """As on a GPU, where the actions are still on their way; what goes wrong there is raised by whoever waits."""
+    env, gate, command = build(make_walker), threading.Event(), STEP[(0, 1)]
+    env.reset(1)
+    env._shared["actions"].zero_()
+    env._crew.order(env._workers, command, after=gate.wait)
+    time.sleep(0.1)
+    env._shared["actions"].fill_(1)
+    gate.set()
+    env._crew.wait(env._workers, command)
+    assert env._result.rewards.tolist() == [[1, 1]] * 4
+    assert env.step(torch.full((4, 2), 2)).rewards.tolist() == [[0, 0]] * 4
+
+    def fail():
+        raise RuntimeError("the device is lost")
+
+    env._crew.order(env._workers, command, after=fail)
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        env._crew.wait(env._workers, command)
+    assert psutil.Process().children() == []
+
+
+def test_every_worker_has_its_share_of_both_halves():
+    assert split_envs(8, 2) == [((0, 2), (4, 6)), ((2, 4), (6, 8))]
+    assert split_envs(2, 1) == [((0, 1), (1, 2))]
+    assert split_envs(1, 1) == [((0, 0), (0, 1))]
+    for num_envs in range(1, 40):
+        for num_workers in range(1, num_envs + 1):
+            shares = split_envs(num_envs, num_workers)
+            for half, all_envs in ((0, range(num_envs // 2)), (1, range(num_envs // 2, num_envs))):
+                counts = [end - start for start, end in (share[half] for share in shares)]
+                assert [env for share in shares for env in range(*share[half])] == list(all_envs)
+                assert max(counts) - min(counts) <= 1
+            totals = [sum(end - start for start, end in share) for share in shares]
+            assert min(totals) >= 1
+            assert max(totals) - min(totals) <= 1
 
 
 def test_an_envs_episodes_depend_on_its_number_alone(build):
@@ -193,7 +298,7 @@ def test_a_worker_that_raises_ends_the_run_with_its_traceback(build):
     env.step(actions)
     with pytest.raises(EnvError) as caught:
         env.step(actions)
-    assert str(caught.value).startswith("env worker 1 (envs 2 to 3) raised:\nTraceback (most recent call last):\n")
+    assert str(caught.value).startswith("env worker 1 (envs 1, 3) raised:\nTraceback (most recent call last):\n")
     assert str(caught.value).endswith("ValueError: the toy broke")
     assert "toy_envs.py" in str(caught.value)
     assert psutil.Process().children() == []
@@ -212,14 +317,14 @@ def test_a_worker_that_dies_ends_the_run_within_seconds(build, kind, message):
     with pytest.raises(EnvError) as caught:
         env.step(actions)
     assert time.monotonic() - start < 5
-    assert str(caught.value).startswith(f"env worker 0 (envs 0 to 1) was killed by {message}")
+    assert str(caught.value).startswith(f"env worker 1 (envs 1, 3) was killed by {message}")
     assert psutil.Process().children() == []
 
 
 def test_a_worker_that_hangs_does_not_outlive_close(build):
     env = build(make_trouble, where=0, kind="hang", num_workers=1)
     env.reset(1)
-    worker = env._workers[0]
+    worker = env._crew._workers[0]
     for _ in range(3):
         worker.connection.sendall(b"s")  # the third step hangs
     start = time.monotonic()
@@ -278,7 +383,7 @@ def test_no_worker_outlives_its_parent(mode, number, code):
 
 
 def test_an_error_while_building_ends_all_workers(build):
-    with pytest.raises(EnvError, match=r"env.name=toy: env 1 differs from env 0|envs differ"):
+    with pytest.raises(EnvError, match=r"env.name=toy: env 2 differs from env 0|envs differ"):
         build(make_uneven)
     with pytest.raises(ConfigError, match=r"env.args=.* cannot be sent to a worker"):
         build(make_walker, length=object())

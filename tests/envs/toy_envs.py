@@ -188,6 +188,18 @@ class Trouble(Walker):
         return super().step(actions)
 
 
+class Sleepy(Walker):
+    """A Walker whose step takes some seconds, and no processor."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds = seconds
+
+    def step(self, actions):
+        time.sleep(self.seconds)
+        return super().step(actions)
+
+
 def make_script(index, action_start=0):
     return Script(action_start)
 
@@ -202,6 +214,10 @@ def make_late_puffer(index):
 
 def make_trouble(index, where=0, kind="raise"):
     return Trouble(index == where, kind)
+
+
+def make_sleepy(index, seconds):
+    return Sleepy(seconds)
 
 
 def make_wide(index, width):

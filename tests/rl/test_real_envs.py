@@ -154,7 +154,7 @@ def test_torch_leaves_the_workers_their_cores(monkeypatch: pytest.MonkeyPatch) -
 
 
 class Recorded:
-    """Keeps every step's result, and the observations after it, of an env."""
+    """Keeps every step's result, and the observations after it, of an env that is stepped as a whole."""
 
     def __init__(self, env: VecEnv) -> None:
         self.env, self.spec = env, env.spec
@@ -163,6 +163,8 @@ class Recorded:
         self.actions: list[Tensor] = []
 
     def __getattr__(self, name: str) -> Any:
+        if name == "halves":
+            raise AttributeError
         return getattr(self.env, name)
 
     def step(self, actions: Tensor) -> StepResult:

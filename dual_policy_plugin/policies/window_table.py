@@ -1,0 +1,108 @@
+"""The window encoder of a frozen or packed policy as one sum of table rows: neighbouring cells share a lookup.
+
+Takes a WindowEncoder's parameters; gives a table and, for observations, which of its rows to sum. A pair of cells has
+one row for each pair of codes, so that half the rows are read; an own-state byte has one row for each of its values;
+the first lookup's rows hold the bias. Rows are summed in float32 before they are rounded to the compute dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dual_policy_plugin.policies.encoders import WindowEncoder
+from dual_policy_plugin.types import ObservationSpace
+
+NUM_BYTES = 256
+_FOUR_LANES = 0x0001000100010001
+MAX_PAIR_BITS = 3
+"""Of a code. A pair of longer ones would have 256 rows and more: a table beyond the cache."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class WindowLayout:
+    """Where a space's terms stand in a table: pairs of cells, then single cells, then own-state bytes."""
+
+    num_cells: int
+    num_codes: int
+    num_own: int
+    scales: tuple[float, ...]
+    """What each own-state byte is divided by."""
+    num_pairs: int
+    """Pairs of cells; the cells behind them are looked up one by one."""
+
+    @property
+    def code_bits(self) -> int:
+        """Bits that a code takes."""
+        return (self.num_codes - 1).bit_length()
+
+    @property
+    def num_terms(self) -> int:
+        """Rows that one observation sums."""
+        return self.num_cells - self.num_pairs + self.num_own
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a policy's table."""
+        return sum(self._rows_of_terms())
+
+    def offsets(self) -> Tensor:
+        """(num_terms,) int32: each term's first row."""
+        sizes = torch.tensor(self._rows_of_terms(), dtype=torch.int32)
+        return (sizes.cumsum(0) - sizes).to(torch.int32)
+
+    def _rows_of_terms(self) -> list[int]:
+        codes = 1 << self.code_bits
+        num_single = self.num_cells - 2 * self.num_pairs
+        return [codes * codes] * self.num_pairs + [codes] * num_single + [NUM_BYTES] * self.num_own
+
+    @torch.no_grad()
+    def table(self, encoder: WindowEncoder, dtype: torch.dtype) -> Tensor:
+        """The (num_rows, width) table of an encoder's parameters."""
+        codes, width = 1 << self.code_bits, encoder.bias.shape[0]
+        # code 0 is an empty cell and adds nothing; codes beyond the space's do not occur
+        cells = F.pad(encoder.table.float(), (0, 0, 1, codes - self.num_codes))  # (num_cells, codes, width)
+        paired = cells[: 2 * self.num_pairs].view(self.num_pairs, 2, codes, width)
+        # row second * codes + first of a pair
+        pairs = paired[:, 1].unsqueeze(2) + paired[:, 0].unsqueeze(1)
+        values = torch.arange(NUM_BYTES, device=encoder.own.device).view(1, -1, 1)
+        own = values * (encoder.own_scale.unsqueeze(1) * encoder.own).unsqueeze(1)  # (num_own, 256, width)
+        terms = (pairs, cells[2 * self.num_pairs :], own)
+        table = torch.cat([rows.reshape(-1, width) for rows in terms])
+        table[: self._rows_of_terms()[0]] += encoder.bias
+        return table.to(dtype)
+
+    def index(self, obs: Tensor, offsets: Tensor) -> Tensor:
+        """Which rows each observation sums: (num_rows, num_terms) int32.
+
+        Args:
+            obs: (num_rows, num_bytes) uint8, contiguous.
+            offsets: (num_terms,) int32, each term's first row.
+        """
+        num_pairs, bits = self.num_pairs, self.code_bits
+        index = torch.empty(len(obs), self.num_terms, dtype=torch.int32, device=obs.device)
+        if num_pairs:
+            # a 16-bit lane holds first | second << 8 (little-endian) and becomes first | second << bits; four at a time
+            is_wide = obs.shape[1] % 8 == 0
+            lanes = obs.view(torch.int64 if is_wide else torch.int16)
+            mask = (1 << 2 * bits) - 1
+            packed = (lanes >> (8 - bits)).bitwise_or_(lanes).bitwise_and_(mask * (_FOUR_LANES if is_wide else 1))
+            index[:, :num_pairs].copy_(packed.view(torch.int16)[:, :num_pairs])
+        index[:, num_pairs:].copy_(obs[:, 2 * num_pairs : self.num_cells + self.num_own])
+        return index.add_(offsets)
+
+
+def window_layout(space: ObservationSpace) -> WindowLayout | None:
+    """The layout for a window space; None for other kinds."""
+    if space.kind != "window":
+        return None
+    num_cells, num_codes = space.window[0] * space.window[1], len(space.features)
+    # two neighbouring bytes are read as one 16-bit word, which must not straddle rows
+    has_pairs = (num_codes - 1).bit_length() <= MAX_PAIR_BITS and space.shape[0] % 2 == 0
+    num_pairs = num_cells // 2 if has_pairs else 0
+    return WindowLayout(
+        num_cells=num_cells, num_codes=num_codes, num_own=len(space.own), scales=space.scales, num_pairs=num_pairs
+    )
