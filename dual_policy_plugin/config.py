@@ -136,6 +136,8 @@ class TrainerConfig:
     """CPU threads of torch; None: the cores that env workers leave."""
     precision: str = "auto"
     """auto | fp32 | bf16: of matrix products; auto takes bf16 where the hardware multiplies it."""
+    fused: bool = True
+    """On a GPU: fused kernels and captured CUDA graphs; false: plain torch, to compare with. No effect on a CPU."""
     checkpoint_interval: int = 50
     """Iterations between checkpoints."""
     keep_checkpoints: int = 5

@@ -29,9 +29,11 @@ from dual_policy_plugin.npc.lock import LockEntry
 from dual_policy_plugin.npc.resolver import PinnedPolicy, hold_pinned
 from dual_policy_plugin.policies.build import compute_dtype
 from dual_policy_plugin.policies.learner import Learner, build_learner
+from dual_policy_plugin.policies.nets import FastPolicy
 from dual_policy_plugin.policies.npcs import Wish, load_npc, pin_policies
 from dual_policy_plugin.policies.pool import Npc, NpcPool
 from dual_policy_plugin.rollout.assignment import Assignment
+from dual_policy_plugin.rollout.captured import Play, choose_play
 from dual_policy_plugin.rollout.episode_metrics import EpisodeMetrics
 from dual_policy_plugin.rollout.mixed_policy import MixedPolicy
 from dual_policy_plugin.types import EnvSpec, VecEnv
@@ -60,6 +62,8 @@ class Parts:
     metrics: EpisodeMetrics
     experience: Experience
     ppo: PpoUpdate
+    play: Play
+    """Plays one rollout into `experience`."""
 
 
 def build_parts(
@@ -84,6 +88,9 @@ def build_parts(
         DualPolicyError: whatever would go wrong later.
     """
     trainer, dual = config.trainer, config.trainer.dual_policy
+    fused = trainer.fused and device.type == "cuda"
+    if fused:
+        _check_triton()
     dtype = compute_dtype(trainer.precision, device)
 
     # who plays: text -> pinned, verified bytes, the same on every rank
@@ -128,20 +135,32 @@ def build_parts(
     _check_fits(config, spec, num_rows, [learner.policy, *(npc.policy for npc in npcs)], device)
 
     # what a rollout and an update need, allocated once
+    how_update = _use_kernels(env, learner.policy, device, fused=fused)
     pool = NpcPool(npcs, num_envs=num_envs, num_npc=assignment.num_npc, device=device) if npcs else None
     mixed = MixedPolicy(learner.policy, pool, assignment, spec, device)
     settings = PpoSettings(**{field.name: getattr(trainer, field.name) for field in fields(PpoSettings)})
     ppo = PpoUpdate(
-        learner.policy, settings, betas=(trainer.adam_beta1, trainer.adam_beta2), eps=trainer.adam_eps, ranks=ranks
+        learner.policy,
+        settings,
+        betas=(trainer.adam_beta1, trainer.adam_beta2),
+        eps=trainer.adam_eps,
+        ranks=ranks,
+        use_kernels=fused,
     )
     metrics = EpisodeMetrics(spec, assignment, pool, device, count_first=False, count_later=True)
     _check_best_metric(config, metrics, opponents)
+    experience = allocate_experience(
+        spec, horizon=trainer.horizon, num_rows=num_rows, state_size=mixed.learner_state.shape[1], device=device
+    )
+    play, how = choose_play(env, mixed, experience, metrics, fused=trainer.fused)
     facts = {
         "num_envs": num_envs,
         "policy_a_agents": assignment.num_learner,
         "npc_agents": assignment.num_npc,
         "policy_a_seats": list(assignment.learner_seats),
         "npc_seats": list(assignment.npc_seats),
+        "rollout": how,
+        "update": how_update,
         "npcs": {npc.name: f"{npc.uri} sha256:{npc.sha256[:12]}" for npc in pinned},
     }
     log.info("Dual-policy system initialized: %s", facts)
@@ -156,10 +175,9 @@ def build_parts(
         opponents=opponents,
         mixed=mixed,
         metrics=metrics,
-        experience=allocate_experience(
-            spec, horizon=trainer.horizon, num_rows=num_rows, state_size=mixed.learner_state.shape[1], device=device
-        ),
+        experience=experience,
         ppo=ppo,
+        play=play,
     )
 
 
@@ -192,6 +210,32 @@ def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"device={name} does not work here ({reason}); use auto or cpu") from error
     return device
+
+
+def _check_triton() -> None:
+    """Without Triton a GPU would run, silently, at a fraction of its speed."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "trainer.fused=true needs the package triton, which is not installed; pip install triton, or use false"
+        ) from error
+
+
+def _use_kernels(env: VecEnv, learner: nn.Module, device: torch.device, *, fused: bool) -> str:
+    """Switches on the kernels of env and learner, where they have some; gives what the log says of the update."""
+    if not fused:
+        return "plain torch"
+    from dual_policy_plugin.kernels.lstm import supports
+
+    if hasattr(env, "use_kernels"):
+        env.use_kernels = True
+    if not hasattr(learner, "use_kernels"):
+        return "plain torch in one CUDA graph: agent.name has no kernels"
+    if isinstance(learner, FastPolicy) and not supports(learner.hidden_size, learner.compute_dtype, device):
+        return f"plain torch in one CUDA graph: no LSTM kernel for agent.hidden_size={learner.hidden_size}"
+    learner.use_kernels = True  # type: ignore[assignment]
+    return "fused kernels in one CUDA graph"
 
 
 def _check_best_metric(config: Config, metrics: EpisodeMetrics, opponents: list[Npc]) -> None:

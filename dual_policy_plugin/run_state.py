@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from dual_policy_plugin.checkpoint import read_safetensors
-from dual_policy_plugin.distributed import Ranks, copy_from_first, sum_over_ranks
+from dual_policy_plugin.distributed import Ranks, copy_from_first
 from dual_policy_plugin.errors import ConfigError, RunError
-from dual_policy_plugin.experience import Experience
 from dual_policy_plugin.learning.ppo import PpoUpdate
 from dual_policy_plugin.npc.resolver import PinnedPolicy
 from dual_policy_plugin.policies.loading import read_description
 from dual_policy_plugin.rollout.episode_metrics import EpisodeMetrics
 from dual_policy_plugin.rollout.mixed_policy import MixedPolicy
-from dual_policy_plugin.types import EnvSpec, VecEnv
+from dual_policy_plugin.types import VecEnv
 
 STATE_NAME = "training.safetensors"
 EPISODE_STATE = ("mixed", "pool", "metrics")
@@ -43,13 +42,11 @@ class Counters:
     elapsed_s: float = 0.0
     """Wall-clock seconds of training, over all restarts."""
 
-    def add_iteration(self, experience: Experience, spec: EnvSpec, ranks: Ranks) -> None:
+    def add_iteration(self, learner_steps: int, env_agent_steps: int) -> None:
         """Counts a rollout of all ranks; a learner step of weight 0 is none."""
-        weights = experience.weights
-        steps = torch.tensor(float(experience.actions.numel())) if weights is None else weights.sum()
         self.iteration += 1
-        self.agent_step += int(sum_over_ranks(steps.double().to(experience.actions.device), ranks))
-        self.env_agent_step += experience.horizon * spec.num_envs * spec.num_agents * ranks.world_size
+        self.agent_step += learner_steps
+        self.env_agent_step += env_agent_steps
 
 
 def encode_state(counters: Counters, env: VecEnv, mixed: MixedPolicy, ppo: PpoUpdate, metrics: EpisodeMetrics) -> bytes:

@@ -22,13 +22,14 @@ from dual_policy_plugin.envs.build import num_processes
 from dual_policy_plugin.evaluate import as_metrics, evaluate
 from dual_policy_plugin.evaluation.matches import MatchResult
 from dual_policy_plugin.files import read_lines
+from dual_policy_plugin.memory import keep_freed_memory
 from dual_policy_plugin.npc.lock import lock_facts
 from dual_policy_plugin.parts import Parts, build_parts, choose_device
 from dual_policy_plugin.policies.npcs import recorded_npcs
-from dual_policy_plugin.report.iteration import Score, iteration_figures, iteration_timing
+from dual_policy_plugin.report.iteration import Laps, Score, iteration_figures, iteration_timing
 from dual_policy_plugin.report.run_log import RunLog
 from dual_policy_plugin.rng import LOW_31_BITS, hash32
-from dual_policy_plugin.rollout.collector import collect_rollout, start_rollouts
+from dual_policy_plugin.rollout.collector import start_rollouts
 from dual_policy_plugin.run_directory import RunDirectory
 from dual_policy_plugin.run_state import (
     STATE_NAME,
@@ -60,6 +61,9 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_free = num_cores - num_processes(config.env, trainer.num_workers, make_host)
     torch.set_num_threads(trainer.threads or max(1, num_free))
+    keep_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels and graphs are launched on the current one
     ranks = join_ranks(device.type)
     with ExitStack() as stack:
         stack.callback(leave_ranks)
@@ -79,25 +83,25 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
         log = stack.enter_context(RunLog(run, config, parts.pinned)) if run else None
         score, figures = Score(trainer.best_metric), _last_figures(run) if run else {}
         start_rollouts(env, mixed, experience)
-        clock = time.perf_counter()
+        laps, clock = Laps(device), time.perf_counter()
         while counters.agent_step < trainer.total_timesteps:
-            started = time.perf_counter()
+            laps.mark()
             first_step = counters.iteration * trainer.horizon
             numbers = mixed.random_numbers(config.seed, first_step, trainer.horizon, first_env=first_env)
-            collect_rollout(env, mixed, experience, metrics, numbers)
-            collected = time.perf_counter()
+            parts.play(numbers)  # fills experience: rollout/collector.py, or its fused twin on a GPU
+            laps.mark()
             learning_rate = _learning_rate(trainer, counters.agent_step)
             losses = ppo.update(experience, learning_rate)
             parts.learner.update_statistics(experience, ranks)
+            laps.mark()
 
-            counters.add_iteration(experience, env.spec, ranks)
-            figures = iteration_figures(counters, learning_rate, losses, metrics.take(ranks))
+            figures = iteration_figures(counters, learning_rate, losses, metrics, experience, env.spec, ranks)
             finished = time.perf_counter()
             counters.elapsed_s += finished - clock  # with what evaluation and saving took after the last iteration
             clock = finished
+            timing = iteration_timing(config, counters, experience, env.spec, ranks, laps)
             if run is None or log is None:
                 continue
-            timing = iteration_timing(config, counters, experience, env.spec, ranks, started, collected)
             is_last = counters.agent_step >= trainer.total_timesteps
             if trainer.evaluate_interval and counters.iteration % trainer.evaluate_interval == 0 and not is_last:
                 figures |= as_metrics(_evaluate(config, parts, device, make_host))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,3 +96,25 @@ def test_only_mends_that_can_work_are_named() -> None:
         check_memory({"env": 90 * GB, "experience": GB}, 10 * GB, "cuda:0", num_envs=100, horizon=64)
     with pytest.raises(ConfigError, match=r"use a smaller agent, fewer NPCs, or a device with more memory$"):
         check_memory({"policies": 90 * GB, "experience": GB}, 10 * GB, "cuda:0", num_envs=100, horizon=64)
+
+
+FETCHED = """
+import resource, torch
+from dual_policy_plugin.memory import keep_freed_memory
+torch.set_num_threads(1)
+{call}
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(4 * 2**20) for _ in range(4)]  # 64 MiB: more than glibc keeps by default
+    pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    del blocks
+print(pages * resource.getpagesize())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("call", "is_kept"), [("keep_freed_memory()", True), ("", False)])
+def test_freed_memory_is_not_fetched_anew(call: str, is_kept: bool) -> None:
+    code = FETCHED.format(call=call)
+    fetched = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    assert (fetched < 4 * MIB) == is_kept, fetched

@@ -75,9 +75,15 @@ class Arena:
 
     Two layers hold the map. `views` has what each team sees, so that an observation is a plain gather; `amounts` has
     the ore of the agent, or the stock of the altar, that stands in a cell.
+
+    A step writes every tensor in place, so that a captured CUDA graph goes on working; with `use_kernels` it also
+    allocates nothing.
     """
 
     spec: EnvSpec
+    use_kernels: bool = False
+    """Whether `step` and `observe` are the kernels of `kernels/arena.py`, bit-equal to the torch ops here. For CUDA
+    (or Triton's interpreter); set it before `reset`."""
 
     def __init__(
         self,
@@ -134,6 +140,8 @@ class Arena:
         self.episodes = zeros(num_envs, dtype=torch.int32)  # (E,) number of the current episode
         self.env_keys = zeros(num_envs, dtype=torch.int32)  # (E,) hash of seed and env
         self.priority_keys = zeros(num_envs, dtype=torch.int32)  # (E,) hash of seed, env, episode and PRIORITY
+        self.due = zeros(self.config.episode_steps, 0, dtype=torch.int64)  # (episode_steps, K), see _plan_ends
+        self.tick = zeros(1, dtype=torch.int64)  # (1,) row of `due` that comes next
         self.view_cells = zeros(2, *rows, dtype=torch.int64)  # (2, E, A) positions in the own, in the other team's view
         self.events = zeros(len(COUNTERS), *rows, dtype=torch.bool)  # (4, E, A) what this step adds to totals
         self.final_totals = zeros(*rows, len(COUNTERS), dtype=torch.float32)  # (E, A, 4) right where an episode ended
@@ -154,7 +162,7 @@ class Arena:
         env = torch.arange(num_envs, device=self.device)
         self.env_numbers = env + self.first_env  # (E,) global
         self.cell_base = (env * num_cells)[:, None]  # (E, 1)
-        team = table(team_of_seat(config.teams, config.num_agents), torch.int64)  # (A,)
+        self.teams = team = table(team_of_seat(config.teams, config.num_agents), torch.int64)  # (A,)
         # What leads from a position to the same cell of the own team's view, and of the other team's.
         own = (env[:, None] + team) * num_cells
         other = (env[:, None] + 1 - team) * num_cells
@@ -197,6 +205,11 @@ class Arena:
 
     def step(self, actions: Tensor) -> StepResult:
         """Steps all envs with actions (E, A) int64; the next observation of an ended env is of its next episode."""
+        if self.use_kernels:
+            from dual_policy_plugin.kernels.arena import step_arena
+
+            step_arena(self, actions)
+            return self.result
         result, events = self.result, self.events
         awake = self.frozen.logical_not()  # (E, A) bool, like all flags below
         choice = actions * awake
@@ -321,8 +334,9 @@ class Arena:
 
         All episodes have one length, so an env ends every episode_steps ticks. Row t of `due` (episode_steps, K) has
         the envs that end at tick t, K at most; a shorter row is filled with an env that does not end then.
+        The kernels do without: a program reads its env's clock.
         """
-        if not self._fixed_shapes:
+        if not self._fixed_shapes or self.use_kernels:
             return
         limit = self.config.episode_steps
         rows: list[list[int]] = [[] for _ in range(limit)]
@@ -333,11 +347,20 @@ class Arena:
         for row in rows:
             filler = firsts[-1] if row and row[0] == firsts[0] else firsts[0]
             row.extend([filler] * (width - len(row)))
-        self.due = torch.tensor(rows, dtype=torch.int64, device=self.device)  # (episode_steps, K)
-        self.tick = torch.zeros(1, dtype=torch.int64, device=self.device)  # (1,)
+        due = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        if due.shape == self.due.shape:
+            self.due.copy_(due)  # in place, for a captured graph; one captured before K changed is void
+        else:
+            self.due = due
+        self.tick.zero_()
 
     def observe(self, seats: Tensor, out: Tensor) -> None:
         """Writes what seats (S,) int64 see into out (E * S, 128) uint8, env-major; costs in proportion to S."""
+        if self.use_kernels:
+            from dual_policy_plugin.kernels.arena import observe_arena
+
+            observe_arena(self, seats, out)
+            return
         cells = self.view_cells[0].index_select(1, seats)  # (E, S)
         starts = cells.view(-1, 1) + self.window_rows  # (E * S, 11)
         seen = self.runs.index_select(0, starts.view(-1))  # (E * S * 11, 11)

@@ -15,6 +15,7 @@ def compute_gae(
     *,
     gamma: float,
     gae_lambda: float,
+    use_kernels: bool = False,
 ) -> Tensor:
     """Generalized advantage estimates, one column per segment (Schulman et al. 2016, eq. 16).
 
@@ -25,10 +26,15 @@ def compute_gae(
         last_values: (num_rows,) value of the observation after the last step.
         gamma: discount per step, in [0, 1].
         gae_lambda: in [0, 1].
+        use_kernels: whether one Triton kernel does it, for contiguous tensors on a GPU.
 
     Returns:
         (horizon, num_rows) float32 advantages, not normalized.
     """
+    if use_kernels:
+        from dual_policy_plugin.kernels.gae import launch_gae
+
+        return launch_gae(rewards, values, dones, final_values, last_values, gamma=gamma, gae_lambda=gae_lambda)
     horizon = rewards.shape[0]
     alive = (~dones).float()
     # V(s_{t+1}): of the next step where the episode goes on, of the final observation where it was truncated, else 0

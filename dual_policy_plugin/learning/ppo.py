@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from dual_policy_plugin.cuda_graph import CapturedCall
 from dual_policy_plugin.distributed import Ranks, sum_over_ranks
 from dual_policy_plugin.experience import Experience
 from dual_policy_plugin.learning.advantage import compute_gae
@@ -66,7 +67,9 @@ class _Targets:
     weight_mean: Tensor | None
 
 
-def prepare_targets(experience: Experience, settings: PpoSettings, ranks: Ranks) -> _Targets:
+def prepare_targets(
+    experience: Experience, settings: PpoSettings, ranks: Ranks, *, use_kernels: bool = False
+) -> _Targets:
     """Advantages (normalized over the rollout of all ranks) and returns."""
     advantages = compute_gae(
         experience.rewards,
@@ -76,12 +79,13 @@ def prepare_targets(experience: Experience, settings: PpoSettings, ranks: Ranks)
         experience.last_values,
         gamma=settings.gamma,
         gae_lambda=settings.gae_lambda,
+        use_kernels=use_kernels,
     )
     returns = advantages + experience.values
     weights = experience.weights
     weighted = advantages if weights is None else advantages * weights
     count = torch.full((), float(advantages.numel()), device=advantages.device) if weights is None else weights.sum()
-    rows = torch.tensor(float(advantages.numel()), device=advantages.device)
+    rows = torch.full((), float(advantages.numel()), device=advantages.device)
     # one reduction for everything that must be global: sum A, sum A^2, sum w, number of row-steps
     sums = torch.stack([weighted.sum(), (weighted * advantages).sum(), count, rows]).double()
     total, total_square, count, rows = sum_over_ranks(sums, ranks)
@@ -128,21 +132,41 @@ def _minibatch_loss(
 
 
 class PpoUpdate:
-    """The learner's optimizer and its update; state that lives between iterations is Adam's."""
+    """The learner's optimizer and its update; state that lives between iterations is Adam's.
+
+    On CUDA the whole update (every minibatch's forward, backward, clip and Adam step) is one captured graph; so nothing
+    in it asks the device, and the learning rate is a tensor there.
+    """
 
     def __init__(
-        self, learner: nn.Module, settings: PpoSettings, *, betas: tuple[float, float], eps: float, ranks: Ranks
+        self,
+        learner: nn.Module,
+        settings: PpoSettings,
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        ranks: Ranks,
+        use_kernels: bool = False,
     ) -> None:
-        self.learner, self.settings, self.ranks = learner, settings, ranks
+        """Args as TrainerConfig's; `use_kernels` runs the advantages' scan as one kernel (CUDA)."""
+        self.learner, self.settings, self.ranks, self.use_kernels = learner, settings, ranks, use_kernels
         self.parameters = FlatParameters(learner)
         self.buffers = frozenset(name for name, _ in learner.named_buffers())
-        self.adam = torch.optim.Adam([self.parameters.flat], lr=0.0, betas=betas, eps=eps, fused=True)
+        flat = self.parameters.flat
+        self.learning_rate = torch.zeros((), device=flat.device)
+        self.adam = torch.optim.Adam(
+            [flat], lr=self.learning_rate, betas=betas, eps=eps, fused=True, capturable=flat.is_cuda
+        )
         # Adam makes its moments at its first step; made here, they can be saved and restored at any time
-        self.adam.state[self.parameters.flat] = {
-            "step": torch.zeros((), device=self.parameters.flat.device),
-            "exp_avg": torch.zeros_like(self.parameters.flat.data),
-            "exp_avg_sq": torch.zeros_like(self.parameters.flat.data),
+        self.adam.state[flat] = {
+            "step": torch.zeros((), device=flat.device),
+            "exp_avg": torch.zeros_like(flat.data),
+            "exp_avg_sq": torch.zeros_like(flat.data),
         }
+        self.is_stopped = torch.zeros((), device=flat.device)  # 1 once approx_kl has passed target_kl in this update
+        if settings.target_kl is not None:
+            self.adam.found_inf = self.is_stopped  # type: ignore[attr-defined]  # a fused step with 1 changes nothing
+        self._captured: CapturedCall[dict[str, Tensor]] | None = None
 
     def adam_state(self) -> dict[str, Tensor]:
         """Adam's moments and step count; copying into them changes the optimizer."""
@@ -152,27 +176,37 @@ class PpoUpdate:
         """Improves the learner on one rollout.
 
         Args:
-            experience: filled; not changed.
+            experience: filled; not changed. On CUDA always the same object: its graph reads these tensors.
             learning_rate: of Adam, for this whole update.
 
         Returns:
             Scalars on the device: LOSS_NAMES as means over the minibatches that were used, explained_variance.
         """
+        self.learning_rate.fill_(learning_rate)
+        if not self.parameters.flat.is_cuda:
+            return self._update(experience)
+        if self._captured is None:
+            self._captured = CapturedCall(lambda: self._update(experience))
+        return self._captured()
+
+    def _update(self, experience: Experience) -> dict[str, Tensor]:
         settings = self.settings
-        targets = prepare_targets(experience, settings, self.ranks)
-        self.adam.param_groups[0]["lr"] = learning_rate
+        targets = prepare_targets(experience, settings, self.ranks, use_kernels=self.use_kernels)
         bounds = [experience.num_rows * i // settings.num_minibatches for i in range(settings.num_minibatches + 1)]
-        ranges = [slice(start, end) for start, end in pairwise(bounds)]
+        ranges = [slice(start, end) for start, end in pairwise(bounds)] * settings.epochs
         report = torch.zeros(len(LOSS_NAMES), device=experience.rewards.device)
-        num_updates = 0
-        for _ in range(settings.epochs):
-            for rows in ranges:
-                means, grad_norm = self._step(experience, targets, rows)
-                report += torch.cat([means, grad_norm.view(1)])
-                num_updates += 1
-                if settings.target_kl is not None and float(means[3]) > settings.target_kl:
-                    return self._report(report / num_updates, experience, targets)
-        return self._report(report / num_updates, experience, targets)
+        num_used = torch.zeros_like(self.is_stopped)
+        self.is_stopped.zero_()
+        for rows in ranges:
+            means, grad_norm = self._step(experience, targets, rows)
+            is_used = 1.0 - self.is_stopped
+            report += torch.cat([means, grad_norm.view(1)]) * is_used
+            num_used += is_used
+            if settings.target_kl is not None:
+                self.is_stopped.copy_((self.is_stopped + (means[3] > settings.target_kl)).clamp(max=1.0))
+                if self.is_stopped.device.type == "cpu" and self.is_stopped.item():
+                    break  # the rest would change nothing
+        return self._report(report / num_used, experience, targets)
 
     def _step(self, experience: Experience, targets: _Targets, rows: slice) -> tuple[Tensor, Tensor]:
         """One minibatch: forward, backward, all-reduce, clip, Adam."""

@@ -1,0 +1,49 @@
+"""A function recorded once as a CUDA graph and replayed after: no launch overhead, no Python, the same kernels.
+
+Used by the rollout and the update. The function must read and write tensors that stay where they are, make no host
+sync, and take nothing but what those tensors hold (a Python number would be baked in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+WARM_UPS = 3
+"""Calls that run as they are before the recording: kernels are compiled and chosen in them."""
+
+
+class CapturedCall(Generic[Result]):
+    """Calls a function: as it is for the first calls, then by replaying its recording.
+
+    All calls do their work, the first ones too: nothing is played twice for a warm-up. What the function returns lies
+    in the graph's own memory and is overwritten by the next call.
+    """
+
+    def __init__(self, function: Callable[[], Result]) -> None:
+        self._function = function
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._num_calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._result: Result | None = None
+
+    def __call__(self) -> Result:
+        """Runs the function on what its tensors hold now."""
+        if self._graph is None and self._num_calls == WARM_UPS:
+            self._graph = torch.cuda.CUDAGraph()
+            # thread_local: other threads (NCCL's watchdog) may call CUDA meanwhile
+            with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._result = self._function()
+        if self._graph is not None:
+            self._graph.replay()
+            return self._result  # type: ignore[return-value]
+        self._num_calls += 1
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            result = self._function()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return result
