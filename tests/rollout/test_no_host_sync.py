@@ -7,10 +7,12 @@ Adam's own step, which is torch's.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from dual_policy_plugin.distributed import Ranks
 from dual_policy_plugin.envs.arena import Arena
@@ -39,6 +41,18 @@ class NoAdam:
         pass
 
 
+class NoHostNumbers(TorchFunctionMode):
+    """Raises where a tensor is made of the host's numbers: a graph would record a copy from memory that is gone."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.tensor, torch.as_tensor, torch.from_numpy), func
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.Tensor.to, torch.Tensor.copy_, torch.Tensor.cpu, torch.Tensor.cuda):
+            devices = {x.device for x in (*args, result) if isinstance(x, torch.Tensor)}
+            assert len(devices) <= 1, f"{func.__name__} between {devices}"
+        return result
+
+
 @pytest.mark.parametrize("num_npcs", [1, 3])
 @pytest.mark.parametrize("agent", ["fast", "mlp"])
 def test_rollout_and_update_never_ask_the_device(monkeypatch: pytest.MonkeyPatch, agent: str, num_npcs: int) -> None:
@@ -61,14 +75,19 @@ def test_rollout_and_update_never_ask_the_device(monkeypatch: pytest.MonkeyPatch
     metrics = EpisodeMetrics(env.spec, split, pool, META, count_first=True, count_later=True)
     ppo = PpoUpdate(learner, replace(SETTINGS, target_kl=0.1), betas=(0.9, 0.999), eps=1e-5, ranks=Ranks())
 
-    collect_rollout(env, mixed, experience, metrics, mixed.random_numbers(1, 0, 3))
-    losses = ppo.update(experience, 1e-3)
+    numbers = mixed.random_numbers(1, 0, 3)
+    with NoHostNumbers():
+        collect_rollout(env, mixed, experience, metrics, numbers)
+        losses = ppo.update(experience, 1e-3)
 
     assert all(loss.device == META for loss in losses.values())
     assert metrics.take_sums(Ranks()).device == META
 
 
-def test_meta_tensors_notice_a_sync() -> None:
+def test_what_this_file_relies_on_is_noticed() -> None:
+    for call in (lambda: torch.tensor([1.0], device=META), lambda: torch.ones(1).to(META)):
+        with pytest.raises(AssertionError), NoHostNumbers():
+            call()
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.ones(3, device=META).nonzero()
     with pytest.raises(RuntimeError):
