@@ -60,7 +60,6 @@ class NpcPool:
         part = copy.copy(self)
         part.npc_of_env = self.npc_of_env[envs]
         part.state = self.state[envs.start * self.num_npc : envs.stop * self.num_npc]
-        part._rows = None
         return part
 
     @torch.no_grad()

@@ -133,7 +133,7 @@ def test_tensors_stay_where_they_are(monkeypatch: pytest.MonkeyPatch, name: str,
 
 def test_an_episodes_end_draws_the_next_npc_from_the_probabilities() -> None:
     pool = make_pool([make_policy(k) for k in range(4)])
-    pool.probabilities.copy_(torch.tensor([0.5, 0.0, 0.25, 0.25]))
+    pool.probabilities.copy_(torch.tensor([0.5, 0.0, 0.25, 0.2499]))  # rounding may leave the sum below 1
     pool.npc_of_env.fill_(3)
     ends = torch.ones(NUM_ENVS, dtype=torch.bool)
     ends[0] = False
