@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from dual_policy_plugin.envs.arena import Arena, make_arena
+from dual_policy_plugin.parts import choose_device
 
 ROUNDS = 7
 STEPS_PER_ROUND = 128
@@ -54,7 +55,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    arena = make_arena(options.num_envs, {"num_agents": options.num_agents}, options.device)
+    device = choose_device(options.device)
+    arena = make_arena(options.num_envs, {"num_agents": options.num_agents}, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels are launched on the current one
+        arena.use_kernels = True
     figures = {
         "step_only": measure(arena, 0),
         "observing_half": measure(arena, options.num_agents // 2),

@@ -25,10 +25,11 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        gc.collect()  # what a graph was recorded from lies in reference cycles
         if device.type == "cuda":
+            torch.cuda.empty_cache()  # a dead graph's memory serves no other
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            gc.collect()
             if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
                 trim(0)
             with contextlib.suppress(OSError):  # Linux only; elsewhere the peak is that of the process's whole life

@@ -88,14 +88,20 @@ class Scheme:
 def _make_parts(cell: Cell) -> tuple[VecEnv, Assignment, nn.Module, list[nn.Module]]:
     """Env, seats, learner and NPCs of a cell: the same weights in every scheme."""
     env = make_arena(cell.num_envs, {}, cell.device)
+    dtype = compute_dtype(cell.precision, cell.device)
+    env.use_kernels = has_kernels = cell.device.type == "cuda"
+    if has_kernels:  # a CPU has no Triton
+        from dual_policy_plugin.kernels.lstm import supports
+
+        has_kernels = supports(cell.hidden_size, dtype, cell.device)
     nets = []
     for seed in range(1 + cell.num_npcs):
         torch.manual_seed(seed)
         net = build_policy("fast", {"hidden_size": cell.hidden_size}, env.spec.observation_space, env.spec.actions).to(
             cell.device
         )
-        net.compute_dtype = compute_dtype(cell.precision, cell.device)
-        net.use_kernels = cell.device.type == "cuda"
+        net.compute_dtype = dtype
+        net.use_kernels = has_kernels
         nets.append(net)
     for npc in nets[1:]:
         npc.eval().requires_grad_(False)

@@ -6,6 +6,7 @@ sync, and take nothing but what those tensors hold (a Python number would be bak
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -34,6 +35,7 @@ class CapturedCall(Generic[Result]):
     def __call__(self) -> Result:
         """Runs the function on what its tensors hold now."""
         if self._graph is None and self._num_calls == WARM_UPS:
+            gc.collect()  # a dead graph or tensor is not to be found, and given back, while this one is recorded
             self._graph = torch.cuda.CUDAGraph()
             # thread_local: other threads (NCCL's watchdog) may call CUDA meanwhile
             with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
@@ -47,3 +49,9 @@ class CapturedCall(Generic[Result]):
             result = self._function()
         torch.cuda.current_stream().wait_stream(self._stream)
         return result
+
+    def release(self) -> None:
+        """Gives the recording back, at once, whoever still knows this object; it is not to be called again."""
+        if self._graph is not None:
+            self._graph.reset()
+        self._graph = self._result = None

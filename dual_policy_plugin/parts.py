@@ -82,7 +82,7 @@ def build_parts(
         ranks: who we are.
         device: where everything lives.
         make_host: a user's own env, as for `train`.
-        stack: closes the env.
+        stack: closes the env, and gives the recorded update back.
 
     Raises:
         DualPolicyError: whatever would go wrong later.
@@ -146,7 +146,9 @@ def build_parts(
         eps=trainer.adam_eps,
         ranks=ranks,
         use_kernels=fused,
+        capture=fused,
     )
+    stack.callback(ppo.release)
     metrics = EpisodeMetrics(spec, assignment, pool, device, count_first=False, count_later=True)
     _check_best_metric(config, metrics, opponents)
     experience = allocate_experience(
@@ -193,8 +195,9 @@ def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and torch.cuda.device_count() > 1:
-        name = f"cuda:{local_rank}"
+    if name == "cuda" and torch.cuda.device_count() > 0:
+        # with its number, which torch.cuda.set_device wants; a process that sees one GPU was given that one
+        name = f"cuda:{local_rank if torch.cuda.device_count() > 1 else 0}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

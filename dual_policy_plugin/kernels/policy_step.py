@@ -24,6 +24,9 @@ from dual_policy_plugin.kernels.window import count_features, window_encoding
 
 TILE = 64  # rows of a program on the device: one warp group's matrix instruction
 MAX_HIDDEN_SIZE = 256  # a tile of encodings must fit the registers
+MAX_FLOAT32_SIZE = (
+    64  # no tensor cores: 128 spills tens of kilobytes a thread, 256 wants 277 KiB of shared memory
+)
 UNITS = 16
 
 
@@ -140,6 +143,24 @@ def kernel_sizes(
 def launch_options(hidden: int, tile: int) -> dict[str, int]:
     """Warps and pipeline stages for a hidden size and a number of rows."""
     return {"num_warps": 4 if hidden * tile <= 128 * 64 else 8, "num_stages": 2}
+
+
+def shared_bytes(hidden: int, dtype: torch.dtype, capability: tuple[int, int]) -> int:
+    """Bound of a program's shared memory in bytes, for hidden sizes from 64 on."""
+    # chips of 9.x and 10.x feed their matrix instructions from shared memory, the others from registers
+    return (416 if (9, 0) <= capability < (12, 0) else 320) * hidden * dtype.itemsize
+
+
+def supports(hidden: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernel runs at a hidden size; on a CUDA device also whether the chip holds a program."""
+    if device.type != "cuda":
+        return hidden <= MAX_HIDDEN_SIZE
+    if hidden > (MAX_FLOAT32_SIZE if dtype == torch.float32 else MAX_HIDDEN_SIZE):
+        return False
+    capability = torch.cuda.get_device_capability(device)
+    properties = torch.cuda.get_device_properties(device)
+    available: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in torch's stubs
+    return shared_bytes(hidden, dtype, capability) <= available
 
 
 def _check(weights: StepWeights, learner: StepRows, npc: StepRows, *outputs: Tensor) -> None:

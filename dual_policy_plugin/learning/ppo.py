@@ -134,8 +134,8 @@ def _minibatch_loss(
 class PpoUpdate:
     """The learner's optimizer and its update; state that lives between iterations is Adam's.
 
-    On CUDA the whole update (every minibatch's forward, backward, clip and Adam step) is one captured graph; so nothing
-    in it asks the device, and the learning rate is a tensor there.
+    On CUDA the whole update (every minibatch's forward, backward, clip and Adam step) is one captured graph, unless it
+    is told not to; so nothing in it asks the device, and the learning rate is a tensor there.
     """
 
     def __init__(
@@ -147,8 +147,9 @@ class PpoUpdate:
         eps: float,
         ranks: Ranks,
         use_kernels: bool = False,
+        capture: bool = True,
     ) -> None:
-        """Args as TrainerConfig's; `use_kernels` runs the advantages' scan as one kernel (CUDA)."""
+        """Args as TrainerConfig's; on CUDA `use_kernels` runs the advantages' scan as one kernel, `capture` records."""
         self.learner, self.settings, self.ranks, self.use_kernels = learner, settings, ranks, use_kernels
         self.parameters = FlatParameters(learner)
         self.buffers = frozenset(name for name, _ in learner.named_buffers())
@@ -166,6 +167,7 @@ class PpoUpdate:
         self.is_stopped = torch.zeros((), device=flat.device)  # 1 once approx_kl has passed target_kl in this update
         if settings.target_kl is not None:
             self.adam.found_inf = self.is_stopped  # type: ignore[attr-defined]  # a fused step with 1 changes nothing
+        self._is_capturing = capture and flat.is_cuda
         self._captured: CapturedCall[dict[str, Tensor]] | None = None
 
     def adam_state(self) -> dict[str, Tensor]:
@@ -183,11 +185,17 @@ class PpoUpdate:
             Scalars on the device: LOSS_NAMES as means over the minibatches that were used, explained_variance.
         """
         self.learning_rate.fill_(learning_rate)
-        if not self.parameters.flat.is_cuda:
+        if not self._is_capturing:
             return self._update(experience)
         if self._captured is None:
             self._captured = CapturedCall(lambda: self._update(experience))
         return self._captured()
+
+    def release(self) -> None:
+        """Gives the recorded update back. It must be gone before the ranks part: NCCL's communicator waits for it."""
+        if self._captured is not None:
+            self._captured.release()
+        self._captured = None
 
     def _update(self, experience: Experience) -> dict[str, Tensor]:
         settings = self.settings

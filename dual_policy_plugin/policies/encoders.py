@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dual_policy_plugin.policies.gather_sum import gather_sum
+from dual_policy_plugin.policies.window_table import window_layout, window_sum
 from dual_policy_plugin.types import ObservationSpace
 
 Pack = dict[str, Tensor]
@@ -28,7 +29,7 @@ class WindowEncoder(nn.Module):
     """
 
     own_scale: Tensor
-    cell_offset: Tensor
+    offsets: Tensor
 
     def __init__(self, space: ObservationSpace, width: int) -> None:
         super().__init__()
@@ -47,17 +48,8 @@ class WindowEncoder(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
         scales = torch.tensor(space.scales or (1.0,) * self.num_own)
         self.register_buffer("own_scale", 1.0 / scales, persistent=False)
-        offset = torch.arange(self.num_cells, dtype=torch.int32) * self.num_codes
-        self.register_buffer("cell_offset", offset, persistent=False)
-
-    def _encode(self, obs: Tensor, table: Tensor, own: Tensor, bias: Tensor) -> Tensor:
-        index = obs[:, : self.num_cells] + self.cell_offset  # (num_rows, num_cells) int32
-        own_state = (obs[:, self.num_cells : self.num_cells + self.num_own] * self.own_scale).to(table.dtype)
-        return torch.addmm(gather_sum(index, None, table) + bias, own_state, own)
-
-    def _flat_table(self, dtype: torch.dtype) -> Tensor:
-        # (num_cells * num_codes, width) with a zero row for every empty cell
-        return F.pad(self.table.to(dtype), (0, 0, 1, 0)).flatten(0, 1)
+        self.layout = window_layout(space)
+        self.register_buffer("offsets", self.layout.offsets(), persistent=False)
 
     def _feature_rows(self) -> Tensor:
         # (num_features, width): a row per (code, cell), then own state, then the bias; zero rows between and after
@@ -70,13 +62,15 @@ class WindowEncoder(nn.Module):
         """All parameters as the kernels' feature rows: (num_features, width) in `dtype`, without gradient."""
         return self._feature_rows().to(dtype)
 
+    @torch.no_grad()
     def pack(self, dtype: torch.dtype) -> Pack:
-        """Copies of the parameters in the compute dtype, without gradient."""
-        return {"table": self._flat_table(dtype), "own": self.own.to(dtype), "bias": self.bias.to(dtype)}
+        """The parameters as one table in the compute dtype, without gradient."""
+        own = self.own * self.own_scale.unsqueeze(1)
+        return {"table": self.layout.table(self.table, own, self.bias, dtype)}
 
     def packed(self, obs: Tensor, pack: Pack) -> Tensor:
         """Encodes obs (num_rows, num_bytes) uint8 with packed parameters."""
-        return self._encode(obs, pack["table"], pack["own"], pack["bias"])
+        return F.embedding_bag(self.layout.index(obs.contiguous(), self.offsets), pack["table"], mode="sum")
 
     def forward(self, obs: Tensor, dtype: torch.dtype, *, use_kernels: bool = False) -> Tensor:
         """Encodes obs (num_rows, num_bytes) uint8 -> (num_rows, width) in `dtype`."""
@@ -85,7 +79,7 @@ class WindowEncoder(nn.Module):
 
             sizes = {"num_cells": self.num_cells, "num_codes": self.num_codes}
             return window_product(obs, self._feature_rows(), self.own_scale, **sizes, dtype=dtype)
-        return self._encode(obs, self._flat_table(dtype), self.own.to(dtype), self.bias.to(dtype))
+        return window_sum(self.layout, obs, self.offsets, self.own_scale, self.table, self.own, self.bias, dtype)
 
 
 class TokenEncoder(nn.Module):

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dual_policy_plugin.config import check
-from dual_policy_plugin.policies.encoders import Pack, VectorEncoder, WindowEncoder, build_encoder
+from dual_policy_plugin.policies.encoders import Pack, VectorEncoder, build_encoder
 from dual_policy_plugin.policies.fast_step import LstmLayer, Span, StepBuffers, fast_step, fitting_buffers, row_blocks
 from dual_policy_plugin.policies.lstm import lstm_segment
-from dual_policy_plugin.policies.window_table import window_layout
 from dual_policy_plugin.types import ObservationSpace
 
 MAX_HIDDEN_SIZE = 8192
@@ -25,8 +24,6 @@ MAX_HIDDEN_SIZE = 8192
 
 class _Net(nn.Module):
     """What `fast` and `mlp` share: the encoder, the heads in one matrix, and packing."""
-
-    _offsets: Tensor | None
 
     def __init__(self, space: ObservationSpace, actions: tuple[str, ...], hidden_size: int) -> None:
         super().__init__()
@@ -38,9 +35,6 @@ class _Net(nn.Module):
         self.compute_dtype = torch.float32
         self.use_kernels = False  # whether `forward_segment` runs the fused kernels; True on CUDA
         self.encoder = build_encoder(space, hidden_size)
-        self.layout = window_layout(space)  # of the packed encoder; None: as the encoder itself packs it
-        offsets = None if self.layout is None else self.layout.offsets()
-        self.register_buffer("_offsets", offsets, persistent=False)
         self.heads = nn.Linear(hidden_size, self.num_actions + 1)  # the last output is the value
         nn.init.orthogonal_(self.heads.weight[:-1], 0.01)
         nn.init.orthogonal_(self.heads.weight[-1:], 1.0)
@@ -63,21 +57,13 @@ class _Net(nn.Module):
 
     def _encode_packed(self, obs: Tensor) -> Tensor:
         """Encodings (num_rows, hidden_size) before the activation, through the packed parameters."""
-        pack = self._pack["encoder"]
-        if self.layout is None:
-            return self.encoder.packed(obs, pack)
-        assert self._offsets is not None
-        return F.embedding_bag(self.layout.index(obs.contiguous(), self._offsets), pack["table"], mode="sum")
+        return self.encoder.packed(obs, self._pack["encoder"])
 
     @torch.no_grad()
     def pack(self) -> None:
         """Copies the parameters into the compute dtype for `forward_step`."""
         dtype = self.compute_dtype
-        if self.layout is None:
-            self._pack["encoder"] = self.encoder.pack(dtype)
-        else:
-            assert isinstance(self.encoder, WindowEncoder)
-            self._pack["encoder"] = {"table": self.layout.table(self.encoder, dtype)}
+        self._pack["encoder"] = self.encoder.pack(dtype)
         self._pack["heads"] = {
             "weight": self.heads.weight.t().to(dtype).contiguous(),
             "bias": self.heads.bias.to(dtype),

@@ -64,15 +64,13 @@ class StackedPolicies:
     def __init__(self, like: FastPolicy, num_policies: int) -> None:
         """Room for `num_policies` policies that fit `like`, on its device and in its compute dtype."""
         assert isinstance(like.encoder, WindowEncoder)
-        assert like.layout is not None
         dtype, device = like.compute_dtype, like.heads.weight.device
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(num_policies, *shape, dtype=dtype, device=device)
 
         size, num_outputs = like.hidden_size, like.num_actions + 1
-        self.layout = like.layout
-        self._offsets = like.layout.offsets()
+        self.layout, self._offsets = like.encoder.layout, like.encoder.offsets
         self.encoder = zeros(*like.encoder.stacked_rows(dtype).shape)
         self.lstm, self.lstm_bias = zeros(2 * size, 4 * size), zeros(4 * size)
         self.heads, self.heads_bias = zeros(size, num_outputs), zeros(num_outputs)
@@ -93,8 +91,9 @@ class StackedPolicies:
         return (
             type(policy) is FastPolicy
             and type(like) is FastPolicy
-            and policy.layout is not None
-            and policy.layout == like.layout
+            and isinstance(policy.encoder, WindowEncoder)
+            and isinstance(like.encoder, WindowEncoder)
+            and policy.encoder.layout == like.encoder.layout
             and (policy.hidden_size, policy.num_actions) == (like.hidden_size, like.num_actions)
             and policy.compute_dtype == like.compute_dtype
             and policy.heads.weight.device == like.heads.weight.device

@@ -60,7 +60,7 @@ class CapturedPlay:
                 npc=torch.empty_like(numbers.npc),
                 draw=torch.empty_like(numbers.draw),
             )
-            self._captured = CapturedCall(lambda: self._play(fixed))
+            self._captured = CapturedCall(partial(self._play, fixed))
         self._numbers.learner.copy_(numbers.learner)
         self._numbers.npc.copy_(numbers.npc)
         self._numbers.draw.copy_(numbers.draw)

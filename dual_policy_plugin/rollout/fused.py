@@ -28,10 +28,11 @@ def why_not_fused(env: object, mixed: MixedPolicy) -> str:
     policies = [mixed.learner, *(npc.policy for npc in (mixed.pool.npcs if mixed.pool else []))]
     if not all(StackedPolicies.fits(policy, mixed.learner) for policy in policies):
         return "learner and NPCs are not all `fast` policies of one size over a window"
-    from dual_policy_plugin.kernels.policy_step import MAX_HIDDEN_SIZE
+    from dual_policy_plugin.kernels.policy_step import supports
 
-    if mixed.learner.hidden_size > MAX_HIDDEN_SIZE:  # type: ignore[operator]
-        return f"agent.hidden_size={mixed.learner.hidden_size} is above {MAX_HIDDEN_SIZE}"
+    hidden, dtype, device = mixed.learner.hidden_size, mixed.learner.compute_dtype, mixed.actions.device
+    if not supports(hidden, dtype, device):  # type: ignore[arg-type]
+        return f"agent.hidden_size={hidden} in {dtype} is too large for the kernel on this device"
     return ""
 
 

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+
 from dual_policy_plugin.kernels.group_rows import count_envs_kernel, scatter_rows_kernel
-from dual_policy_plugin.kernels.policy_step import TILE, kernel_sizes, launch_options, policy_step_kernel
+from dual_policy_plugin.kernels.policy_step import (
+    TILE,
+    kernel_sizes,
+    launch_options,
+    policy_step_kernel,
+    shared_bytes,
+)
 from tests.kernels.ahead_of_time import Case
 
 ROWS = {"obs": "*u8", "state": "*fp32", "uniforms": "*fp32", "seats": "*i64"}
@@ -28,6 +36,10 @@ def step_case(name: str, *, hidden: int, num_npcs: int, tile: int = TILE) -> Cas
         signature=signature,
         constexprs=constexprs,
         tensor_cores=True,
+        max_shared={  # held to the bound by which `supports` lets it run
+            capability: min(limit, shared_bytes(hidden, torch.bfloat16, (capability // 10, 0)) * tile // TILE)
+            for capability, limit in {80: 163 * 1024, 90: 227 * 1024}.items()
+        },
         **launch_options(hidden, tile),
     )
 

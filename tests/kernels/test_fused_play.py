@@ -86,4 +86,4 @@ def test_what_does_not_fit_is_said() -> None:
         game.mixed.pool = NpcPool([npc], num_envs=NUM_ENVS, num_npc=2, device=CPU)
         assert "one size" in why_not_fused(game.env, game.mixed)
     game.mixed.learner, game.mixed.pool = build_policy("fast", {"hidden_size": 512}, space, actions), None
-    assert "hidden_size=512 is above 256" in why_not_fused(game.env, game.mixed)
+    assert "hidden_size=512 in torch.float32 is too large" in why_not_fused(game.env, game.mixed)
