@@ -24,9 +24,7 @@ from dual_policy_plugin.kernels.window import count_features, window_encoding
 
 TILE = 64  # rows of a program on the device: one warp group's matrix instruction
 MAX_HIDDEN_SIZE = 256  # a tile of encodings must fit the registers
-MAX_FLOAT32_SIZE = (
-    64  # no tensor cores: 128 spills tens of kilobytes a thread, 256 wants 277 KiB of shared memory
-)
+MAX_FLOAT32_SIZE = 64  # no tensor cores: 128 spills tens of kilobytes a thread, 256 overflows shared memory
 UNITS = 16
 
 
@@ -148,7 +146,8 @@ def launch_options(hidden: int, tile: int) -> dict[str, int]:
 def shared_bytes(hidden: int, dtype: torch.dtype, capability: tuple[int, int]) -> int:
     """Bound of a program's shared memory in bytes, for hidden sizes from 64 on."""
     # chips of 9.x and 10.x feed their matrix instructions from shared memory, the others from registers
-    return (416 if (9, 0) <= capability < (12, 0) else 320) * hidden * dtype.itemsize
+    padded = int(triton.next_power_of_2(hidden))
+    return (416 if (9, 0) <= capability < (12, 0) else 320) * padded * dtype.itemsize
 
 
 def supports(hidden: int, dtype: torch.dtype, device: torch.device) -> bool:

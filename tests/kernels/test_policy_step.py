@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from dual_policy_plugin.kernels.group_rows import allocate_row_groups, group_rows
-from dual_policy_plugin.kernels.policy_step import StepRows, policy_step
+from dual_policy_plugin.kernels.policy_step import StepRows, policy_step, supports
 from dual_policy_plugin.policies.nets import FastPolicy
 from dual_policy_plugin.policies.sampling import log_probs_of, sample_actions
 from dual_policy_plugin.policies.stacked import StackedPolicies
@@ -187,3 +188,26 @@ def test_a_policy_that_diverged_shows_it():
     step = fused_step(weights, make_rows(9, [0], 32, torch.Generator().manual_seed(0)), None, None, 9, 1)
     assert step.values.isnan().all()
     assert step.log_probs.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("capability", "kilobytes", "wide", "narrow"),
+    [
+        ((9, 0), 227, 256, 64),
+        ((8, 0), 163, 256, 64),
+        ((8, 9), 99, 128, 64),
+        ((12, 0), 99, 128, 64),
+        ((7, 5), 64, 64, 32),
+    ],
+)
+def test_a_chip_runs_what_it_can_hold(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], kilobytes: int, wide: int, narrow: int
+) -> None:
+    properties = SimpleNamespace(shared_memory_per_block_optin=kilobytes * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    sizes = (16, 32, 64, 65, 128, 129, 256, 257)
+    for dtype, largest in ((torch.bfloat16, wide), (torch.float32, narrow)):
+        assert max(size for size in sizes if supports(size, dtype, torch.device("cuda"))) == largest
+    assert supports(256, torch.float32, torch.device("cpu"))
+    assert not supports(512, torch.float32, torch.device("cpu"))
