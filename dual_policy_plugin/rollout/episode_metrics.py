@@ -52,12 +52,18 @@ class EpisodeMetrics:
         teams[list(assignment.learner_seats), 0] = 1.0
         teams[list(assignment.npc_seats), 1] = 1.0
         self._teams = teams
+        # (num_agents * num_counters, 2 * num_counters): the same sums of every counter, learner and NPC in turn
+        self._counter_teams = torch.einsum(
+            "as,cd->acds", teams, torch.eye(len(spec.counters), dtype=torch.float64, device=device)
+        ).reshape(spec.num_agents * len(spec.counters), 2 * len(spec.counters))
+        self._fields = torch.ones(spec.num_envs, 4 + 2 * len(spec.counters), dtype=torch.float64, device=device)
         self.sums = torch.zeros(self.num_npcs, 4 + 2 * len(spec.counters), dtype=torch.float64, device=device)
 
     def part(self, envs: slice) -> EpisodeMetrics:
         """The metrics of some of the envs, which are added to the same sums; episodes' returns are views."""
         part = copy.copy(self)
         part.returns, part.is_counting, part._envs = self.returns[envs], self.is_counting[envs], envs
+        part._fields = self._fields[envs]
         return part
 
     @torch.no_grad()
@@ -65,22 +71,20 @@ class EpisodeMetrics:
         """Adds one step; call it before the pool draws new NPCs."""
         self.returns += result.rewards
         counted = result.episode_ends & self.is_counting  # (num_envs,)
-        sides = self.returns @ self._teams  # (num_envs, 2): learner's and NPC's summed returns
+        fields = self._fields  # (num_envs, num_fields)
+        fields[:, 2:4] = sides = self.returns @ self._teams  # learner's and NPC's summed returns
         verdict = sides if result.scores is None else result.scores.double() @ self._teams
         # mean_learner > mean_npc, compared by cross-multiplication so that ties are exact
         difference = verdict[:, 0] * self.assignment.num_npc - verdict[:, 1] * self.assignment.num_learner
-        wins = 0.5 * (difference.sign() + 1.0)
-        fields = [torch.ones_like(wins), wins, sides[:, 0], sides[:, 1]]
+        fields[:, 1] = difference.sign_().add_(1.0).mul_(0.5)  # a win is 1, a tie 1/2
         if result.counters is not None and self.counters:
-            both = torch.einsum("eac,as->ecs", result.counters.double(), self._teams)
-            fields.extend(both.flatten(1).unbind(1))
-        rows = torch.stack(fields, dim=1) * counted.unsqueeze(1)  # (num_envs, num_fields)
+            fields[:, 4:] = result.counters.flatten(1).double() @ self._counter_teams
         if self.pool is None or self.num_npcs == 1:
-            self.sums[0] += rows.sum(dim=0)
+            counts = counted.unsqueeze(0)
         else:
             npc_of_env = self.pool.npc_of_env[self._envs]
-            is_npc = npc_of_env.unsqueeze(0) == torch.arange(self.num_npcs, device=rows.device).unsqueeze(1)
-            self.sums += is_npc.double() @ rows
+            counts = (npc_of_env == torch.arange(self.num_npcs, device=counted.device).unsqueeze(1)) & counted
+        self.sums += counts.double() @ fields
         self.returns.masked_fill_(result.episode_ends.unsqueeze(1), 0.0)
         self.is_counting.masked_fill_(result.episode_ends, self.count_later)
 
