@@ -27,7 +27,7 @@ from dual_policy_plugin.policies.build import compute_dtype
 
 CELLS = ((1.0, 0), (0.75, 1), (0.5, 1), (0.25, 1), (0.5, 4), (0.5, 16))
 ALL_CELLS = ((1.0, 0), *((pct, num_npcs) for pct in (0.75, 0.5, 0.25) for num_npcs in (1, 4, 16)))
-NUM_ENVS = {"cpu": 384, "cuda": 8192}
+NUM_ENVS = {"cpu": 512, "cuda": 8192}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -35,7 +35,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
-    parser.add_argument("--num-envs", type=int, help="of 8 agents each; 384 on the CPU, 8192 on CUDA")
+    parser.add_argument("--num-envs", type=int, help="of 8 agents each; 512 on the CPU, 8192 on CUDA")
     parser.add_argument("--horizon", type=int, default=64)
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--pairs", type=int, default=5, help="turns of each scheme in a cell")

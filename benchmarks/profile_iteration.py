@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--pct", type=float, default=0.5)
     parser.add_argument("--num-npcs", type=int, default=1)
-    parser.add_argument("--num-envs", type=int, help="of 8 agents each; 384 on the CPU, 8192 on CUDA")
+    parser.add_argument("--num-envs", type=int, help="of 8 agents each; 512 on the CPU, 8192 on CUDA")
     parser.add_argument("--horizon", type=int, default=64)
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
