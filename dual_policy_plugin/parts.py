@@ -21,7 +21,7 @@ from dual_policy_plugin.distributed import Ranks
 from dual_policy_plugin.envs.build import env_bytes, make_env
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.evaluate import assign_seats, load_opponents, opponent_sources
-from dual_policy_plugin.experience import Experience, allocate_experience, experience_bytes
+from dual_policy_plugin.experience import Experience, allocate_experience, experience_bytes, scratch_bytes
 from dual_policy_plugin.learning.ppo import LOSS_NAMES, PpoSettings, PpoUpdate
 from dual_policy_plugin.memory import available_bytes, check_memory
 from dual_policy_plugin.npc.holds import Hold
@@ -263,10 +263,17 @@ def _check_fits(config: Config, spec: EnvSpec, num_rows: int, policies: list[nn.
     horizon, minibatches = config.trainer.horizon, config.trainer.num_minibatches
     if num_rows < minibatches:
         raise ConfigError(f"trainer.num_minibatches={minibatches} is more than the {num_rows} learner rows; use fewer")
-    state_size = int(policies[0].state_size)  # type: ignore[arg-type]
+    state_size, *npc_state_sizes = (int(policy.state_size) for policy in policies)  # type: ignore[arg-type]
     num_parameters = sum(parameter.numel() for policy in policies for parameter in policy.parameters())
     needs = {
         "experience": experience_bytes(spec, horizon=horizon, num_rows=num_rows, state_size=state_size),
+        "scratch": scratch_bytes(
+            spec,
+            num_learner=num_rows // spec.num_envs,
+            num_npcs=len(npc_state_sizes),
+            state_size=state_size,
+            npc_state_size=max(npc_state_sizes, default=0),
+        ),
         # what a minibatch keeps for its backward pass: about 16 float32 per hidden unit and step
         "update": horizon * -(-num_rows // minibatches) * max(state_size, 256) * 16 * 4,
         "policies": num_parameters * 4 * 6,  # parameters, gradients, two moments, packed copies
