@@ -33,13 +33,14 @@ def demo(seed: int | None, train_dir: Path, overrides: Sequence[str] = ()) -> in
     started = time.perf_counter()
     result = train(config, resolved_yaml=resolved_yaml)
     took = time.perf_counter() - started
-    fresh = train_dir / run / "checkpoints" / "model_0000.safetensors"
+    path = config.train_dir / config.run
+    fresh = path / "checkpoints" / "model_0000.safetensors"
     before = evaluate_checkpoint(str(fresh), config, device=choose_device(config.device))[0]
     after = result["evals"][0]
     print(
         f"demo: win rate vs {opponent} {before.win_rate:.2f} -> {after['win_rate']:.2f} "
         f"[{after['low']:.2f}, {after['high']:.2f}] over {after['episodes']} episodes, "
-        f"{result['agent_step'] / 1e6:.1f}M learner steps in {took:.0f} s; report {train_dir / run}/result.json"
+        f"{result['agent_step'] / 1e6:.1f}M learner steps in {took:.0f} s; report {path}/result.json"
     )
     return 0
 

@@ -35,8 +35,11 @@ def test_demo_ends_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_demo_names_whom_it_played_against(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = ["trainer.total_timesteps=1", "evals.episodes=8", "env.num_envs=8", "trainer.threads=1"]
-    assert demo(1, tmp_path, [*short, "evals.opponents=[builtin://arena/random]"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("demo: win rate vs builtin://arena/random ")
+    elsewhere = tmp_path / "elsewhere"  # the user's words stand last, and win
+    assert demo(1, tmp_path, [*short, "evals.opponents=[builtin://arena/random]", f"train_dir={elsewhere}"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("demo: win rate vs builtin://arena/random ")
+    assert Path(line.rpartition("report ")[2]).is_relative_to(elsewhere)
 
 
 @pytest.mark.parametrize(
