@@ -1,6 +1,6 @@
 """Whether a run will fit: what is free on its device, compared with an estimate, before anything big is allocated (D9).
 
-`train.py` adds up what env, experience, policies and graph will take and calls `check_memory` before it builds them.
+`parts.py` adds up what env, experience, update and policies will take and calls `check_memory` before it builds them.
 """
 
 from __future__ import annotations

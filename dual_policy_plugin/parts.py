@@ -135,7 +135,7 @@ def build_parts(
     _check_fits(config, spec, num_rows, [learner.policy, *(npc.policy for npc in npcs)], device)
 
     # what a rollout and an update need, allocated once
-    how_update = _use_kernels(env, learner.policy, device, fused=fused)
+    how_update = _use_kernels(env, learner.inner, device, fused=fused)
     pool = NpcPool(npcs, num_envs=num_envs, num_npc=assignment.num_npc, device=device) if npcs else None
     mixed = MixedPolicy(learner.policy, pool, assignment, spec, device)
     settings = PpoSettings(**{field.name: getattr(trainer, field.name) for field in fields(PpoSettings)})
@@ -234,7 +234,7 @@ def _use_kernels(env: VecEnv, learner: nn.Module, device: torch.device, *, fused
     if hasattr(env, "use_kernels"):
         env.use_kernels = True
     if not hasattr(learner, "use_kernels"):
-        return "plain torch in one CUDA graph: agent.name has no kernels"
+        return "plain torch in one CUDA graph: this agent has no kernels"
     if isinstance(learner, FastPolicy) and not supports(learner.hidden_size, learner.compute_dtype, device):
         return f"plain torch in one CUDA graph: no LSTM kernel for agent.hidden_size={learner.hidden_size}"
     learner.use_kernels = True  # type: ignore[assignment]

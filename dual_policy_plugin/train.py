@@ -19,6 +19,7 @@ import torch
 from dual_policy_plugin.config import Config, TrainerConfig
 from dual_policy_plugin.distributed import join_ranks, leave_ranks
 from dual_policy_plugin.envs.build import num_processes
+from dual_policy_plugin.envs.workers import num_cores
 from dual_policy_plugin.evaluate import as_metrics, evaluate
 from dual_policy_plugin.evaluation.matches import MatchResult
 from dual_policy_plugin.files import read_lines
@@ -58,8 +59,7 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
     device = choose_device(config.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     trainer = config.trainer
     # torch's threads spin between two operations: on a worker's core they cost the env 3 to 10 times its step
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_free = num_cores - num_processes(config.env, trainer.num_workers, make_host)
+    num_free = num_cores() - num_processes(config.env, trainer.num_workers, make_host)
     torch.set_num_threads(trainer.threads or max(1, num_free))
     keep_freed_memory()
     if device.type == "cuda":

@@ -53,7 +53,7 @@ def test_held_bytes_are_those_of_the_formula(pct: float, num_npcs: int) -> None:
 
 
 def test_the_formula_by_hand() -> None:
-    """As docs/performance.md works it out: 256 envs of 8 agents, P=.5, horizon 64, LSTM 128."""
+    """By the formula of docs/performance.md: 256 envs of 8 agents, P=.5, horizon 64, LSTM 128."""
     space = ObservationSpace(kind="window", shape=(128,), features=("empty", "wall"), window=(11, 11))
     spec = EnvSpec(
         name="arena", num_envs=256, num_agents=8, observation_space=space, actions=("noop",), max_episode_steps=128

@@ -78,7 +78,7 @@ class WindowEncoder(nn.Module):
             from dual_policy_plugin.kernels.window import window_product
 
             sizes = {"num_cells": self.num_cells, "num_codes": self.num_codes}
-            return window_product(obs, self._feature_rows(), self.own_scale, **sizes, dtype=dtype)
+            return window_product(obs.contiguous(), self._feature_rows(), self.own_scale, **sizes, dtype=dtype)
         return window_sum(self.layout, obs, self.offsets, self.own_scale, self.table, self.own, self.bias, dtype)
 
 

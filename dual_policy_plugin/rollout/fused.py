@@ -1,4 +1,4 @@
-"""The fused twin of `collect_rollout`, for the arena and policies of one architecture: five small kernels a step.
+"""The fused twin of `collect_rollout`, for the arena and policies of one architecture: four to six kernels a step.
 
 Takes the same objects and fills the same tensors. Nothing in it allocates in a step, syncs or asks the device, so that
 the whole rollout can be recorded as one CUDA graph (`rollout/captured.py`).
