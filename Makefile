@@ -5,11 +5,12 @@ BIN := .venv/bin
 # where `make bench-gpu` writes its tables and JSON files
 OUT ?= benchmarks/results/gpu
 
-.PHONY: help setup demo test check format bench bench-gpu builtins fuzz
+.PHONY: help setup demo test test-gpu check format bench bench-gpu builtins fuzz
 
 help:
 	@echo "make demo     train against a built-in opponent for a minute and see who wins"
 	@echo "make test     all tests"
+	@echo "make test-gpu kernels, graphs and whole runs on a GPU, beside their plain twins"
 	@echo "make check    format, lint, types, import floors, fast tests"
 	@echo "make fuzz     ten thousand malformed and all hostile policy files"
 	@echo "make bench    speed of env and trainer, as tables; under six minutes"
@@ -30,6 +31,11 @@ demo: setup
 test: setup
 	$(BIN)/pytest -n 2 --dist worksteal -q
 
+# alone: the other tests hide the GPU and switch Triton's interpreter on
+test-gpu: setup
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA device here")'
+	env -u TRITON_INTERPRET $(BIN)/pytest -q -s tests/gpu/gpu_checks.py
+
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -44,6 +50,7 @@ format: setup
 bench: setup
 	$(BIN)/python -m benchmarks.bench_env
 	$(BIN)/python -m benchmarks.bench_mixed
+	$(BIN)/python -m benchmarks.bench_pool
 
 # bash, because its pipefail lets a failed bench fail the target although `tee` does not
 bench-gpu: SHELL := bash
@@ -53,6 +60,7 @@ bench-gpu: setup
 	@mkdir -p "$(OUT)"
 	$(BIN)/python -m benchmarks.bench_env --device cuda --num-envs 8192 --json "$(OUT)/env.json" | tee "$(OUT)/env.txt"
 	$(BIN)/python -m benchmarks.bench_mixed --device cuda --num-envs 8192 --json "$(OUT)/mixed.json" | tee "$(OUT)/mixed.md"
+	$(BIN)/python -m benchmarks.bench_pool --device cuda --num-envs 8192 | tee "$(OUT)/pool.md"
 	$(BIN)/python -m benchmarks.profile_iteration --device cuda --num-envs 8192 --json "$(OUT)/profile.json" \
 		| tee "$(OUT)/profile.md"
 

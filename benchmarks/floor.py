@@ -56,8 +56,9 @@ class Job:
 
     @property
     def num_features(self) -> int:
-        """Rows of the encoder's weight: codes of all cells, own-state bytes, bias; rounded up to 64 on CUDA."""
-        features = self.num_cells * self.num_codes + self.num_own + 1
+        """Rows of the encoder's weight: all codes but the empty one of all cells, own-state bytes, bias; rounded up to
+        64 on CUDA."""
+        features = self.num_cells * (self.num_codes - 1) + self.num_own + 1
         return -(-features // 64) * 64 if self.is_dense else features
 
 

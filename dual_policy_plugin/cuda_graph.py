@@ -12,6 +12,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from dual_policy_plugin.errors import RunError
+
 Result = TypeVar("Result")
 
 WARM_UPS = 3
@@ -25,8 +27,9 @@ class CapturedCall(Generic[Result]):
     in the graph's own memory and is overwritten by the next call.
     """
 
-    def __init__(self, function: Callable[[], Result]) -> None:
-        self._function = function
+    def __init__(self, function: Callable[[], Result], name: str) -> None:
+        """Takes the function, and what it is called in an error."""
+        self._function, self._name = function, name
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._num_calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -36,10 +39,17 @@ class CapturedCall(Generic[Result]):
         """Runs the function on what its tensors hold now."""
         if self._graph is None and self._num_calls == WARM_UPS:
             gc.collect()  # a dead graph or tensor is not to be found, and given back, while this one is recorded
-            self._graph = torch.cuda.CUDAGraph()
-            # thread_local: other threads (NCCL's watchdog) may call CUDA meanwhile
-            with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
-                self._result = self._function()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                # thread_local: other threads (NCCL's watchdog) may call CUDA meanwhile
+                with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                    self._result = self._function()
+            except RuntimeError as error:  # a policy from elsewhere may ask the device, which nothing recorded may
+                reason = str(error).partition("\n")[0]
+                raise RunError(
+                    f"trainer.fused=true: {self._name} cannot be recorded as a CUDA graph ({reason}); use false"
+                ) from error
+            self._graph = graph
         if self._graph is not None:
             self._graph.replay()
             return self._result  # type: ignore[return-value]

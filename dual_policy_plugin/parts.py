@@ -161,8 +161,9 @@ def build_parts(
         "npc_agents": assignment.num_npc,
         "policy_a_seats": list(assignment.learner_seats),
         "npc_seats": list(assignment.npc_seats),
-        "rollout": how,
-        "update": how_update,
+        "device": str(device),
+        "precision": str(dtype).removeprefix("torch."),
+        **({"rollout": how, "update": how_update} if device.type == "cuda" else {"threads": torch.get_num_threads()}),
         "npcs": {npc.name: f"{npc.uri} sha256:{npc.sha256[:12]}" for npc in pinned},
     }
     log.info("Dual-policy system initialized: %s", facts)

@@ -197,10 +197,10 @@ def test_the_flops_of_a_row_step_by_hand() -> None:
     body = 2 * (256 * 512 + 128 * 7)  # 263,936
     assert row_step_flops(job(CPU, epochs=1)) == {
         "learner_rollout": body,
-        "learner_update": 3 * body + 2 * 974 * 128,
+        "learner_update": 3 * body + 2 * 853 * 128,
         "npc_rollout": body,
     }
-    dense = 2 * 1024 * 128  # 121 * 8 codes, 5 bytes and a bias, up to a multiple of 64
+    dense = 2 * 896 * 128  # 121 * 7 codes, 5 bytes and a bias, up to a multiple of 64
     assert row_step_flops(job(CUDA, epochs=1)) == {
         "learner_rollout": body + dense,
         "learner_update": 3 * body + 2 * dense,

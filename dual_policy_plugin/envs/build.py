@@ -57,7 +57,7 @@ def make_env(
     if config.name == "arena" and make_host is None:
         from dual_policy_plugin.envs.arena import make_arena
 
-        log.info("trainer.num_workers=%d is not used by env.name=arena, which runs on %s", num_workers, device)
+        log.debug("trainer.num_workers=%d is not used by env.name=arena, which runs on %s", num_workers, device)
         return make_arena(config.num_envs, args, device, first_env=first_env)
     name = config.name
     if make_host is None and name in FOREIGN:

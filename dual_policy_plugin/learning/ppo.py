@@ -169,6 +169,7 @@ class PpoUpdate:
             self.adam.found_inf = self.is_stopped  # type: ignore[attr-defined]  # a fused step with 1 changes nothing
         self._is_capturing = capture and flat.is_cuda
         self._captured: CapturedCall[dict[str, Tensor]] | None = None
+        self._experience: Experience | None = None  # that the recorded update reads
 
     def adam_state(self) -> dict[str, Tensor]:
         """Adam's moments and step count; copying into them changes the optimizer."""
@@ -187,15 +188,17 @@ class PpoUpdate:
         self.learning_rate.fill_(learning_rate)
         if not self._is_capturing:
             return self._update(experience)
+        assert self._experience is None or self._experience is experience, "the update's graph reads other experience"
+        self._experience = experience
         if self._captured is None:
-            self._captured = CapturedCall(lambda: self._update(experience))
+            self._captured = CapturedCall(lambda: self._update(experience), "the update")
         return self._captured()
 
     def release(self) -> None:
         """Gives the recorded update back. It must be gone before the ranks part: NCCL's communicator waits for it."""
         if self._captured is not None:
             self._captured.release()
-        self._captured = None
+        self._captured = self._experience = None
 
     def _update(self, experience: Experience) -> dict[str, Tensor]:
         settings = self.settings

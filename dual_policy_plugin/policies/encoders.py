@@ -13,11 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dual_policy_plugin.config import check
 from dual_policy_plugin.policies.gather_sum import gather_sum
-from dual_policy_plugin.policies.window_table import window_layout, window_sum
+from dual_policy_plugin.policies.window_table import NUM_BYTES, window_layout, window_sum
 from dual_policy_plugin.types import ObservationSpace
 
 Pack = dict[str, Tensor]
+MAX_OWN_ENTRIES = 2**25
+"""Numbers in the packed table that stand for own-state bytes, 256 rows each: 128 MB. A file may name any bytes."""
 CHUNK = 64  # kernels take a window's columns and its feature rows by this many
 
 
@@ -36,6 +39,11 @@ class WindowEncoder(nn.Module):
         self.num_cells = space.window[0] * space.window[1]
         self.num_codes = len(space.features)
         self.num_own = len(space.own)
+        num_entries = self.num_own * NUM_BYTES * width
+        check(
+            num_entries <= MAX_OWN_ENTRIES, "agent.hidden_size", width,
+            f"with {self.num_own} own-state bytes use at most {MAX_OWN_ENTRIES // max(1, self.num_own * NUM_BYTES)}",
+        )  # fmt: skip
         padded_cells = math.ceil(self.num_cells / CHUNK) * CHUNK
         first_own = self.num_cells % CHUNK
         padded_own = math.ceil((first_own + self.num_own + 1) / CHUNK) * CHUNK  # own state, bias

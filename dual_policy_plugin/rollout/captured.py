@@ -34,13 +34,16 @@ def choose_play(
     plain = partial(collect_rollout, env, mixed, experience, metrics)
     if experience.obs.device.type != "cuda":
         return plain, "plain torch"
+    num_npcs = len(mixed.pool.npcs) if mixed.pool is not None else 0
+    cost = f"; each of the {num_npcs} NPCs forwards all NPC rows" if num_npcs > 1 else ""
     if not fused:
-        return plain, "plain torch, for trainer.fused=false"
+        return plain, f"plain torch, for trainer.fused=false{cost}"
     if not isinstance(env, Arena):
-        return plain, f"plain torch: env.name={env.spec.name} runs in worker processes, which no CUDA graph can hold"
+        where = f"env.name={env.spec.name} runs in worker processes, which no CUDA graph can hold"
+        return plain, f"plain torch: {where}{cost}"
     why_not = why_not_fused(env, mixed)
     if why_not:
-        return CapturedPlay(plain), f"plain torch in one CUDA graph: {why_not}"
+        return CapturedPlay(plain), f"plain torch in one CUDA graph: {why_not}{cost}"
     return CapturedPlay(FusedPlay(env, mixed, experience, metrics)), "fused kernels in one CUDA graph"
 
 
@@ -60,7 +63,7 @@ class CapturedPlay:
                 npc=torch.empty_like(numbers.npc),
                 draw=torch.empty_like(numbers.draw),
             )
-            self._captured = CapturedCall(partial(self._play, fixed))
+            self._captured = CapturedCall(partial(self._play, fixed), "the rollout")
         self._numbers.learner.copy_(numbers.learner)
         self._numbers.npc.copy_(numbers.npc)
         self._numbers.draw.copy_(numbers.draw)

@@ -12,6 +12,7 @@ from itertools import zip_longest
 
 import torch
 
+from dual_policy_plugin.envs.device_copies import to_device
 from dual_policy_plugin.experience import Experience
 from dual_policy_plugin.policies.sampling import log_probs_of
 from dual_policy_plugin.rollout.episode_metrics import EpisodeMetrics
@@ -94,6 +95,6 @@ def _store_final_values(env: VecEnv, mixed: MixedPolicy, experience: Experience,
         return
     final_obs = experience.obs[t + 1]  # free until the next observation is written
     env.observe_final(mixed.learner_seats, final_obs)
-    rows = rows.to(final_obs.device, non_blocking=True)
+    rows = to_device(rows, final_obs.device)
     _, values, _ = mixed.learner.forward_step(final_obs[rows], mixed.learner_state[rows])  # type: ignore[operator]
     experience.final_values[t].index_copy_(0, rows, values)

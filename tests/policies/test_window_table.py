@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.policies.encoders import WindowEncoder
 from dual_policy_plugin.policies.window_table import BLOCK_ROWS, window_layout
 from dual_policy_plugin.types import ObservationSpace
@@ -74,3 +75,10 @@ def test_sum_and_gradients_are_those_of_a_matrix_of_features(name: str) -> None:
         torch.autograd.grad(got, parameters, grad), torch.autograd.grad(want, parameters, grad), strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-3)
+
+
+def test_own_state_that_would_fill_the_memory_is_refused() -> None:
+    """A file may name any number of bytes, and each takes 256 rows of the packed table."""
+    own = tuple(f"byte{i}" for i in range(8000))
+    with pytest.raises(ConfigError, match=r"agent\.hidden_size=64 is not possible; with 8000 own-state bytes use at most 16"):
+        WindowEncoder(replace(SMALL, shape=(8009,), own=own, scales=()), 64)
