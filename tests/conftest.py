@@ -1,14 +1,26 @@
-"""One torch thread a test process (two of them share a small machine), and a policy cache of the tests' own."""
+"""One torch thread a test process (two of them share a small machine), no GPU, and a policy cache of the tests' own."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+GPU_CHECKS = "gpu_checks.py"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides GPUs: kernels are interpreted on CPU tensors here, and subprocesses inherit the interpreter's switch.
+
+    The checks that need a GPU (`tests/gpu`) are run by their file's name, and see it.
+    """
+    if not any(Path(argument.partition("::")[0]).name == GPU_CHECKS for argument in config.args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch reads it when CUDA is first asked for
 
 
 @pytest.fixture(autouse=True, scope="session")

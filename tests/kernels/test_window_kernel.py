@@ -108,6 +108,13 @@ def test_every_code_of_every_cell_has_its_own_row() -> None:
         torch.testing.assert_close(encoded, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_minibatch_of_one_row_lies_apart_in_memory() -> None:
+    encoder = make_encoder(SMALL, 16)
+    obs = observations(SMALL, 12).view(4, 3, 12)[:, 1:2].flatten(0, 1)
+    assert not obs.is_contiguous()
+    assert_agree(encoder, obs)
+
+
 def test_padding_does_not_count() -> None:
     encoder = make_encoder(ARENA, 16)
     obs = observations(ARENA, 7)

@@ -80,5 +80,7 @@ def test_sum_and_gradients_are_those_of_a_matrix_of_features(name: str) -> None:
 def test_own_state_that_would_fill_the_memory_is_refused() -> None:
     """A file may name any number of bytes, and each takes 256 rows of the packed table."""
     own = tuple(f"byte{i}" for i in range(8000))
-    with pytest.raises(ConfigError, match=r"agent\.hidden_size=64 is not possible; with 8000 own-state bytes use at most 16"):
+    with pytest.raises(
+        ConfigError, match=r"agent\.hidden_size=64 is not possible; with 8000 own-state bytes use at most 16"
+    ):
         WindowEncoder(replace(SMALL, shape=(8009,), own=own, scales=()), 64)
