@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from dual_policy_plugin import parts
-from dual_policy_plugin.cuda_graph import CapturedCall
-from dual_policy_plugin.errors import ConfigError
+from dual_policy_plugin.cuda_graph import WARM_UPS, CapturedCall
+from dual_policy_plugin.errors import ConfigError, RunError
+from dual_policy_plugin.rollout.captured import choose_play
 from tests.harness import MemoryTask, make_loop
 
 
@@ -52,3 +54,38 @@ def test_a_released_update_holds_no_graph() -> None:
     assert loop.ppo._captured is None
     assert call._graph is None
     assert call._result is None
+
+
+def test_a_gpu_without_triton_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(
+        ConfigError, match=r"trainer\.fused=true needs the package triton.*; pip install triton, or use"
+    ):
+        parts._check_triton()
+
+
+def test_what_cannot_be_recorded_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Graph:
+        """Refuses as CUDA does where the recorded code asks the device."""
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *_: object) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    fakes = {"Stream": SimpleNamespace, "CUDAGraph": SimpleNamespace, "graph": lambda *_, **__: Graph()}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    call = CapturedCall(lambda: None, "the rollout")
+    call._num_calls = WARM_UPS
+    with pytest.raises(RunError, match=r"trainer\.fused=true: the rollout cannot be recorded .*capturing\); use false"):
+        call()
+
+
+def test_the_log_says_how_a_rollout_is_played() -> None:
+    loop = make_loop(MemoryTask(2, 2))
+    play, how = choose_play(loop.env, loop.mixed, loop.experience, loop.metrics, fused=True)
+    assert how == "plain torch"
+    play(loop.mixed.random_numbers(1, 0, loop.experience.horizon))
+    assert loop.experience.dones.any()
