@@ -58,7 +58,6 @@ def main() -> None:
     device = choose_device(options.device)
     arena = make_arena(options.num_envs, {"num_agents": options.num_agents}, device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # kernels are launched on the current one
         arena.use_kernels = True
     figures = {
         "step_only": measure(arena, 0),

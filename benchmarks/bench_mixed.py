@@ -53,8 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Measures all cells, prints the table as it grows, and writes the JSON."""
     options = parse(arguments)
     device = choose_device(options.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # kernels and graphs are launched on the current one
     torch.set_num_threads(options.threads)
     keep_freed_memory()  # as `train` does
     num_envs = options.num_envs or NUM_ENVS[device.type]

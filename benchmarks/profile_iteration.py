@@ -83,8 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if (options.pct == 1) != (options.num_npcs == 0):
         parser.error(f"--pct {options.pct} with --num-npcs {options.num_npcs}: 1 goes with 0 NPCs, less with 1 or more")
     device = choose_device(options.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # kernels and graphs are launched on the current one
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     cell = Cell(

@@ -185,7 +185,8 @@ def build_parts(
 
 
 def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
-    """The device that `device=` names; auto takes CUDA where there is one.
+    """The device that `device=` names; auto takes CUDA where there is one. A GPU becomes the current one: kernels and
+    graphs are launched there.
 
     Args:
         name: auto, cpu, cuda or cuda:N.
@@ -197,7 +198,7 @@ def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and torch.cuda.device_count() > 0:
-        # with its number, which torch.cuda.set_device wants; a process that sees one GPU was given that one
+        # with its number, which set_device wants; a process that sees one GPU was given that one
         name = f"cuda:{local_rank if torch.cuda.device_count() > 1 else 0}"
     try:
         device = torch.device(name)
@@ -209,6 +210,8 @@ def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
         there = torch.cuda.device_count()
         raise ConfigError(f"device={name} is not there, torch sees {there} CUDA devices; use auto or cpu")
     try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device.index)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]

@@ -62,8 +62,6 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
     num_free = num_cores() - num_processes(config.env, trainer.num_workers, make_host)
     torch.set_num_threads(trainer.threads or max(1, num_free))
     keep_freed_memory()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # kernels and graphs are launched on the current one
     ranks = join_ranks(device.type)
     with ExitStack() as stack:
         stack.callback(leave_ranks)

@@ -25,11 +25,14 @@ def test_a_gpu_has_its_number(monkeypatch: pytest.MonkeyPatch, count: int, local
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     asked: list[Any] = []
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(parts.torch, "zeros", lambda *_, device: asked.append(device))
     for name in ("auto", "cuda"):
         assert parts.choose_device(name, local_rank=local_rank) == torch.device("cuda", index)
     assert parts.choose_device("cuda:0", local_rank=local_rank) == torch.device("cuda", 0)
     assert len(asked) == 3
+    assert current == [index, index, 0]  # kernels are launched on the current one
 
 
 def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

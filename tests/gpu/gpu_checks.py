@@ -43,7 +43,6 @@ SHORT = ArenaConfig(episode_steps=24)
 def device() -> torch.device:
     """The GPU, as a run takes it."""
     chosen = choose_device("cuda")
-    torch.cuda.set_device(chosen)
     print(f"\n{torch.cuda.get_device_name(chosen)}, torch {torch.__version__}")
     return chosen
 
