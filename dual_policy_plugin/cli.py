@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import logging
 import math
 import os
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dual_policy_plugin import __version__
-from dual_policy_plugin.commands.words import parse_words
+from dual_policy_plugin.commands.words import choose_command, parse_words
 from dual_policy_plugin.errors import ConfigError, DualPolicyError
 
 if TYPE_CHECKING:
@@ -182,20 +181,11 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
 
 
 def _dispatch(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help", "help"):
-        print("usage: dual-policy COMMAND [...]\n\ncommands:")
-        for name, (_, summary) in _COMMANDS.items():
-            print(f"  {name:8} {summary}")
-        print("\n`dual-policy COMMAND --help` says more. `dual-policy --version` prints the version.")
-        return 0
-    if words[0] == "--version":
+    if words[:1] == ["--version"]:
         print(f"dual-policy {__version__}")
         return 0
-    if words[0] not in _COMMANDS:
-        near = ["train"] if "=" in words[0] else difflib.get_close_matches(words[0], _COMMANDS, n=1)
-        hint = f"did you mean `dual-policy {near[0]}`? " if near else ""
-        raise ConfigError(f"{words[0]} is not a command; {hint}there are {', '.join(_COMMANDS)}")
-    return _COMMANDS[words[0]][0](words[1:])
+    command = choose_command("dual-policy", words, _COMMANDS, note=" `dual-policy --version` prints the version.")
+    return command(words[1:]) if command else 0
 
 
 def _train_job(cfg: DictConfig) -> float:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import re
 import sys
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from pathlib import Path
 
 from dual_policy_plugin.commands import npc_facts
 from dual_policy_plugin.commands.npc_cache import run_cache
-from dual_policy_plugin.commands.words import format_table, parse_words
+from dual_policy_plugin.commands.words import choose_command, format_table, parse_words
 from dual_policy_plugin.config import SELECTOR_TYPES, Config, PolicySource, check_selector
 from dual_policy_plugin.errors import ConfigError, NpcError, RunError
 from dual_policy_plugin.files import encode_json
@@ -45,17 +44,10 @@ Answer = tuple[str, int]
 
 def run(words: list[str]) -> int:
     """Runs `dual-policy npc <words>` and returns the exit code."""
-    if not words or words[0] in ("-h", "--help", "help"):
-        print("usage: dual-policy npc COMMAND [...]\n\ncommands:")
-        for name, (_, summary) in _COMMANDS.items():
-            print(f"  {name:8} {summary}")
-        print("\n`dual-policy npc COMMAND --help` says more.")
+    command = choose_command("dual-policy npc", words, _COMMANDS)
+    if command is None:
         return 0
-    if words[0] not in _COMMANDS:
-        near = difflib.get_close_matches(words[0], _COMMANDS, n=1)
-        hint = f"did you mean `dual-policy npc {near[0]}`? " if near else ""
-        raise ConfigError(f"npc {words[0]} is not a command; {hint}there are {', '.join(_COMMANDS)}")
-    text, exit_code = _COMMANDS[words[0]][0](words[1:])
+    text, exit_code = command(words[1:])
     if text:
         print(text)
     return exit_code

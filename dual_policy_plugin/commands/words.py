@@ -3,10 +3,43 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import NoReturn
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import NoReturn, TypeVar
 
 from dual_policy_plugin.errors import ConfigError
+
+Command = TypeVar("Command")
+
+
+def choose_command(
+    program: str, words: list[str], commands: Mapping[str, tuple[Command, str]], note: str = ""
+) -> Command | None:
+    """The command that the first word names; None where it asks for help, which is printed.
+
+    Args:
+        program: what stands before the words, beginning with `dual-policy`.
+        words: of the command line, behind the program.
+        commands: name -> the command and its summary.
+        note: ends the help.
+
+    Raises:
+        ConfigError: no such command; names the nearest one.
+    """
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(f"usage: {program} COMMAND [...]\n\ncommands:")
+        for name, (_, summary) in commands.items():
+            print(f"  {name:8} {summary}")
+        print(f"\n`{program} COMMAND --help` says more.{note}")
+        return None
+    name = words[0]
+    if name not in commands:
+        is_override = "=" in name and "train" in commands
+        near = ["train"] if is_override else difflib.get_close_matches(name, commands, n=1)
+        hint = f"did you mean `{program} {near[0]}`? " if near else ""
+        given = f"{program} {name}".removeprefix("dual-policy ")
+        raise ConfigError(f"{given} is not a command; {hint}there are {', '.join(commands)}")
+    return commands[name][0]
 
 
 def parse_words(
