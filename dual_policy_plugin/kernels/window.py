@@ -13,6 +13,7 @@ So 64 consecutive features come from 64 consecutive bytes of a row, and are load
 = 960 feature rows. `WindowEncoder.stacked_rows` builds W; its `forward` is the plain twin of `encode_window`.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator"
+# ruff: noqa: N803, N806 -- constants of a kernel are written in capitals
 
 from __future__ import annotations
 
@@ -55,22 +56,16 @@ def _block_width(width: int) -> int:
 
 @triton.jit
 def window_bytes(
-    obs,
-    rows,
-    row_mask,
-    first_feature,
-    NUM_CELLS: tl.constexpr,  # noqa: N803
-    NUM_CODES: tl.constexpr,  # noqa: N803
-    ROW_BYTES: tl.constexpr,  # noqa: N803
-    BLOCK_FEATURES: tl.constexpr,  # noqa: N803
-):
+    obs, rows, row_mask, first_feature, NUM_CELLS: tl.constexpr, NUM_CODES: tl.constexpr, ROW_BYTES: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr,
+):  # fmt: skip
     """The bytes (BLOCK_ROWS, BLOCK_FEATURES) uint8 that features from `first_feature` on are made of.
 
     Arguments as in `window_features`.
     """
-    CELL_COLUMNS: tl.constexpr = padded(NUM_CELLS)  # noqa: N806
-    NUM_ONE_HOT: tl.constexpr = (NUM_CODES - 1) * CELL_COLUMNS  # noqa: N806
-    OWN_COLUMN: tl.constexpr = NUM_CELLS // _CHUNK * _CHUNK  # noqa: N806
+    CELL_COLUMNS: tl.constexpr = padded(NUM_CELLS)
+    NUM_ONE_HOT: tl.constexpr = (NUM_CODES - 1) * CELL_COLUMNS
+    OWN_COLUMN: tl.constexpr = NUM_CELLS // _CHUNK * _CHUNK
     own_column = OWN_COLUMN + first_feature - NUM_ONE_HOT
     first_column = tl.where(first_feature < NUM_ONE_HOT, first_feature % CELL_COLUMNS, own_column)
     columns = tl.multiple_of(first_column, _CHUNK) + tl.arange(0, BLOCK_FEATURES)
@@ -80,19 +75,13 @@ def window_bytes(
 
 @triton.jit
 def features_of_bytes(
-    values,
-    first_feature,
-    own_scale,
-    NUM_CELLS: tl.constexpr,  # noqa: N803
-    NUM_CODES: tl.constexpr,  # noqa: N803
-    NUM_OWN: tl.constexpr,  # noqa: N803
-    BLOCK_FEATURES: tl.constexpr,  # noqa: N803
-    DTYPE: tl.constexpr,  # noqa: N803
-):
+    values, first_feature, own_scale, NUM_CELLS: tl.constexpr, NUM_CODES: tl.constexpr, NUM_OWN: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
     """The features of what `window_bytes` loaded, in DTYPE; arguments as in `window_features`."""
-    CELL_COLUMNS: tl.constexpr = padded(NUM_CELLS)  # noqa: N806
-    NUM_ONE_HOT: tl.constexpr = (NUM_CODES - 1) * CELL_COLUMNS  # noqa: N806
-    OWN_COLUMN: tl.constexpr = NUM_CELLS // _CHUNK * _CHUNK  # noqa: N806
+    CELL_COLUMNS: tl.constexpr = padded(NUM_CELLS)
+    NUM_ONE_HOT: tl.constexpr = (NUM_CODES - 1) * CELL_COLUMNS
+    OWN_COLUMN: tl.constexpr = NUM_CELLS // _CHUNK * _CHUNK
     offsets = tl.arange(0, BLOCK_FEATURES)
     if first_feature < NUM_ONE_HOT:
         is_cell = first_feature % CELL_COLUMNS + offsets < NUM_CELLS
@@ -108,18 +97,9 @@ def features_of_bytes(
 
 @triton.jit
 def window_features(
-    obs,
-    rows,
-    row_mask,
-    first_feature,
-    own_scale,
-    NUM_CELLS: tl.constexpr,  # noqa: N803
-    NUM_CODES: tl.constexpr,  # noqa: N803
-    NUM_OWN: tl.constexpr,  # noqa: N803
-    ROW_BYTES: tl.constexpr,  # noqa: N803
-    BLOCK_FEATURES: tl.constexpr,  # noqa: N803
-    DTYPE: tl.constexpr,  # noqa: N803
-):
+    obs, rows, row_mask, first_feature, own_scale, NUM_CELLS: tl.constexpr, NUM_CODES: tl.constexpr,
+    NUM_OWN: tl.constexpr, ROW_BYTES: tl.constexpr, BLOCK_FEATURES: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
     """A tile of F: features `first_feature` to `first_feature + BLOCK_FEATURES` of some rows.
 
     Args:
@@ -141,21 +121,10 @@ def window_features(
 
 @triton.jit
 def window_encoding(
-    obs,
-    rows,
-    row_mask,
-    weights,
-    own_scale,
-    first_column,
-    NUM_CELLS: tl.constexpr,  # noqa: N803
-    NUM_CODES: tl.constexpr,  # noqa: N803
-    NUM_OWN: tl.constexpr,  # noqa: N803
-    ROW_BYTES: tl.constexpr,  # noqa: N803
-    WIDTH: tl.constexpr,  # noqa: N803
-    BLOCK_ROWS: tl.constexpr,  # noqa: N803
-    BLOCK_WIDTH: tl.constexpr,  # noqa: N803
-    DTYPE: tl.constexpr,  # noqa: N803
-):
+    obs, rows, row_mask, weights, own_scale, first_column, NUM_CELLS: tl.constexpr, NUM_CODES: tl.constexpr,
+    NUM_OWN: tl.constexpr, ROW_BYTES: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
     """A tile of F @ W: columns `first_column` to `first_column + BLOCK_WIDTH` of the encoding of some rows.
 
     Args:
@@ -167,8 +136,8 @@ def window_encoding(
     Returns:
         (BLOCK_ROWS, BLOCK_WIDTH) float32, before the activation.
     """
-    NUM_FEATURES: tl.constexpr = count_features(NUM_CELLS, NUM_CODES, NUM_OWN)  # noqa: N806
-    PRECISION: tl.constexpr = "ieee" if tl.float32 == DTYPE else "tf32"  # noqa: N806
+    NUM_FEATURES: tl.constexpr = count_features(NUM_CELLS, NUM_CODES, NUM_OWN)
+    PRECISION: tl.constexpr = "ieee" if tl.float32 == DTYPE else "tf32"
     columns = first_column + tl.arange(0, BLOCK_WIDTH)
     is_column = (columns < WIDTH)[None, :]
     chunk = tl.arange(0, _CHUNK)
@@ -185,21 +154,12 @@ def window_encoding(
 
 @triton.jit
 def encode_window_kernel(
-    obs,
-    weights,
-    own_scale,
-    out,
-    num_rows,
-    NUM_CELLS: tl.constexpr,  # noqa: N803
-    NUM_CODES: tl.constexpr,  # noqa: N803
-    NUM_OWN: tl.constexpr,  # noqa: N803
-    ROW_BYTES: tl.constexpr,  # noqa: N803
-    WIDTH: tl.constexpr,  # noqa: N803
-    BLOCK_ROWS: tl.constexpr,  # noqa: N803
-    BLOCK_WIDTH: tl.constexpr,  # noqa: N803
-):
+    obs, weights, own_scale, out, num_rows, NUM_CELLS: tl.constexpr, NUM_CODES: tl.constexpr,
+    NUM_OWN: tl.constexpr, ROW_BYTES: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
     """Writes out = F @ weights (num_rows, WIDTH); a program owns a block of rows and a block of columns."""
-    DTYPE: tl.constexpr = out.dtype.element_ty  # noqa: N806
+    DTYPE: tl.constexpr = out.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = rows < num_rows
     first_column = tl.program_id(1) * BLOCK_WIDTH
@@ -214,28 +174,17 @@ def encode_window_kernel(
 
 @triton.jit
 def window_weight_grad_kernel(
-    obs,
-    grad,
-    own_scale,
-    partial,
-    num_rows,
-    NUM_CELLS: tl.constexpr,  # noqa: N803
-    NUM_CODES: tl.constexpr,  # noqa: N803
-    NUM_OWN: tl.constexpr,  # noqa: N803
-    ROW_BYTES: tl.constexpr,  # noqa: N803
-    WIDTH: tl.constexpr,  # noqa: N803
-    BLOCKS_PER_SLICE: tl.constexpr,  # noqa: N803
-    BLOCK_ROWS: tl.constexpr,  # noqa: N803
-    BLOCK_FEATURES: tl.constexpr,  # noqa: N803
-    BLOCK_WIDTH: tl.constexpr,  # noqa: N803
-):
+    obs, grad, own_scale, partial, num_rows, NUM_CELLS: tl.constexpr, NUM_CODES: tl.constexpr,
+    NUM_OWN: tl.constexpr, ROW_BYTES: tl.constexpr, WIDTH: tl.constexpr, BLOCKS_PER_SLICE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_FEATURES: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
     """Writes partial[slice] = F[rows of the slice].T @ grad; a program owns a slice and a block of the product.
 
     Slice s of n holds the blocks s, s + n, s + 2n, ... of BLOCK_ROWS rows.
     """
-    NUM_FEATURES: tl.constexpr = count_features(NUM_CELLS, NUM_CODES, NUM_OWN)  # noqa: N806
-    DTYPE: tl.constexpr = grad.dtype.element_ty  # noqa: N806
-    PRECISION: tl.constexpr = "ieee" if tl.float32 == DTYPE else "tf32"  # noqa: N806
+    NUM_FEATURES: tl.constexpr = count_features(NUM_CELLS, NUM_CODES, NUM_OWN)
+    DTYPE: tl.constexpr = grad.dtype.element_ty
+    PRECISION: tl.constexpr = "ieee" if tl.float32 == DTYPE else "tf32"
     first_feature = tl.program_id(0) * BLOCK_FEATURES
     row_slice = tl.program_id(1)
     columns = tl.program_id(2) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
