@@ -23,7 +23,8 @@ from dual_policy_plugin.errors import (
 )
 
 if TYPE_CHECKING:
-    from dual_policy_plugin.config_loading import load_config, load_dual_policy
+    from dual_policy_plugin.config_dual_policy import load_dual_policy
+    from dual_policy_plugin.config_loading import load_config
     from dual_policy_plugin.policies.loading import load_policy_from_checkpoint
 
 __version__ = "0.1.0"
@@ -45,7 +46,7 @@ __all__ = [
 
 _LAZY = {
     "load_config": "dual_policy_plugin.config_loading",
-    "load_dual_policy": "dual_policy_plugin.config_loading",
+    "load_dual_policy": "dual_policy_plugin.config_dual_policy",
     "load_policy_from_checkpoint": "dual_policy_plugin.policies.loading",
 }
 

@@ -23,7 +23,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dual_policy_plugin.config import Config
-from dual_policy_plugin.config_loading import known_keys, load_config, nearest_key
+from dual_policy_plugin.config_loading import known_keys, load_config
+from dual_policy_plugin.config_nodes import nearest_key
 from dual_policy_plugin.errors import ConfigError, DualPolicyError, RunError
 from dual_policy_plugin.interpolation import keep_requested
 
@@ -126,9 +127,14 @@ def _masked(word: str, group: str, other: str, parent: str | None) -> str:
 
 def quote_override(key: str, value: str) -> str:
     """`key=value` for a shell, with the inner quotes that let Hydra read any character in `value`."""
+    return shlex.quote(text_override(key, value))
+
+
+def text_override(key: str, value: str) -> str:
+    """`key=value` as Hydra reads it, for a text with any characters."""
     text = re.sub(r'(\\*)"', r'\1\1\\"', value)  # Hydra: \" is a quote; a backslash counts before one only
     text = re.sub(r"(\\+)$", r"\1\1", text)
-    return shlex.quote(f'{key}="{text}"')
+    return f'{key}="{text}"'
 
 
 def _mend_override(word: str) -> str:

@@ -12,26 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dual_policy_plugin.errors import ConfigError
+from dual_policy_plugin.config_checks import check, check_range
+from dual_policy_plugin.pool_config import MatchmakingConfig, SelfPlayConfig, ShareSchedule
 
 SELECTOR_TYPES = ("specific", "latest", "top", "rand", "all")
 MAX_POOL = 1024
 """NPCs of one run."""
-
-
-def check(condition: bool, key: str, value: object, right: str) -> None:
-    """Raises a ConfigError that names key, value and what would be right, unless `condition` holds."""
-    if not condition:
-        raise ConfigError(f"{key}={value} is not possible; {right}")
-
-
-def check_range(key: str, value: float, low: float, high: float) -> None:
-    """Raises a ConfigError unless low <= value <= high and value is a finite number."""
-    check(math.isfinite(value) and low <= value <= high, key, value, f"use a value from {_show(low)} to {_show(high)}")
-
-
-def _show(bound: float) -> str:
-    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -54,10 +40,18 @@ class PolicySource:
     """Architecture of a bare state dict (.pt); None: the learner's."""
     act: str = "sample"
     """sample | greedy: how a frozen policy picks its action. Not used by trainer.initial_policy."""
+    weight: float | None = None
+    """Of this NPC in a pool, for matchmaking=weights; None: 1. Of several that a selector finds, each has it."""
     keep_optimizer: bool = False
     """trainer.initial_policy only: take the optimizer's moments along, where the checkpoint's run still has them."""
 
     def __post_init__(self) -> None:
+        check(
+            self.weight is None or (math.isfinite(self.weight) and self.weight >= 0),
+            "weight",
+            self.weight,
+            "use a number of at least 0, or null",
+        )
         check_selector("", type=self.type, range=self.range, metric=self.metric, filters=self.filters, name=self.name)
 
 
@@ -90,7 +84,15 @@ class DualPolicyConfig:
     assignment: str | list[int] = "first"
     """first | last | interleaved | explicit list of the learner's seats."""
     npc: PolicySource | None = None
-    """The frozen policy; None only where no NPC is needed (enabled=false or training_agents_pct=1)."""
+    """The frozen policy; None where no NPC is needed (enabled=false or training_agents_pct=1) or others are named."""
+    pool: list[PolicySource] = field(default_factory=list)
+    """Further NPCs."""
+    matchmaking: MatchmakingConfig = field(default_factory=MatchmakingConfig)
+    """Which of them plays next."""
+    self_play: SelfPlayConfig | None = None
+    """Snapshots of the learner as further NPCs; None: none."""
+    pct_schedule: ShareSchedule | None = None
+    """How training_agents_pct changes during the run; None: not at all."""
     lock: Path | dict[str, Any] | None = None
     """An npc.lock.json (or its content, as a run's config.yaml has it) whose pins are taken instead of resolving;
     None: the run makes its own."""
@@ -99,6 +101,19 @@ class DualPolicyConfig:
         key, pct = "trainer.dual_policy.training_agents_pct", self.training_agents_pct
         check(pct != 0, key, pct, "nothing would learn; use a fraction above 0, for example 0.5")
         check(math.isfinite(pct) and 0 < pct <= 1, key, pct, "use a fraction above 0 and up to 1, for example 0.5")
+        is_listed = isinstance(self.assignment, list) and self.pct_schedule is not None
+        key = "trainer.dual_policy.assignment"
+        check(
+            not is_listed,
+            key,
+            self.assignment,
+            "a schedule changes the number of seats; use first, last or interleaved",
+        )
+
+    @property
+    def sources(self) -> list[PolicySource]:
+        """All NPCs of the config: checkpoint_npc, then the pool."""
+        return [*([self.npc] if self.npc is not None else []), *self.pool]
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -201,7 +216,9 @@ class EvalsConfig:
     """Match-ups that are played at the end of a run and every trainer.evaluate_interval iterations."""
 
     opponents: list[str] = field(default_factory=list)
-    """URIs; empty: the run's own NPC."""
+    """URIs; empty: the run's own NPCs."""
+    held_out: list[str] = field(default_factory=list)
+    """URIs of policies that are played against too and may not be NPCs of the run: their bytes are compared."""
     episodes: int = 1024
     """Episodes per opponent, half of them with the seats swapped; 0: no evaluation."""
 

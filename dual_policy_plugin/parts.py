@@ -9,33 +9,33 @@ import difflib
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dual_policy_plugin.config import Config, TrainerConfig
+from dual_policy_plugin.config import Config, PolicySource, TrainerConfig
 from dual_policy_plugin.distributed import Ranks
 from dual_policy_plugin.envs.build import env_bytes, make_env
 from dual_policy_plugin.errors import ConfigError
-from dual_policy_plugin.evaluate import assign_seats, load_opponents, opponent_sources
-from dual_policy_plugin.experience import Experience, allocate_experience, experience_bytes, scratch_bytes
+from dual_policy_plugin.evaluate import assign_seats, opponent_sources
+from dual_policy_plugin.experience import experience_bytes, scratch_bytes
 from dual_policy_plugin.learning.ppo import LOSS_NAMES, PpoSettings, PpoUpdate
 from dual_policy_plugin.memory import available_bytes, check_memory
 from dual_policy_plugin.npc.holds import Hold
 from dual_policy_plugin.npc.lock import LockEntry
-from dual_policy_plugin.npc.resolver import PinnedPolicy, hold_pinned
+from dual_policy_plugin.npc.resolver import PinnedPolicy, hold_pinned, unique_names
 from dual_policy_plugin.policies.build import compute_dtype
 from dual_policy_plugin.policies.learner import Learner, build_learner
 from dual_policy_plugin.policies.nets import FastPolicy
-from dual_policy_plugin.policies.npcs import Wish, load_npc, pin_policies
-from dual_policy_plugin.policies.pool import Npc, NpcPool
+from dual_policy_plugin.policies.npcs import Pins, Wish, load_npc, pin_policies
+from dual_policy_plugin.policies.pool import Npc
 from dual_policy_plugin.rollout.assignment import Assignment
-from dual_policy_plugin.rollout.captured import Play, choose_play
 from dual_policy_plugin.rollout.episode_metrics import EpisodeMetrics
-from dual_policy_plugin.rollout.mixed_policy import MixedPolicy
+from dual_policy_plugin.seating import Seatings
+from dual_policy_plugin.share_schedule import possible_counts
 from dual_policy_plugin.types import EnvSpec, VecEnv
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Parts:
     """The live objects of one run on one rank."""
 
     pinned: list[PinnedPolicy]
-    """The NPCs as they were pinned."""
+    """The NPCs of the config as they were pinned."""
     lock: tuple[LockEntry, ...]
     """Every policy that the run was given: NPCs, opponents, what the learner started from."""
     hold: Hold
@@ -55,15 +55,15 @@ class Parts:
     """What trainer.initial_policy named, as it was pinned."""
     env: VecEnv
     assignment: Assignment
+    """The seats that the run begins with, and that it is evaluated on."""
     learner: Learner
     opponents: list[Npc]
     """Whom the learner is evaluated against."""
-    mixed: MixedPolicy
-    metrics: EpisodeMetrics
-    experience: Experience
+    held_out: frozenset[str]
+    """The names of those opponents that are no NPCs of this run for certain."""
+    seatings: Seatings
+    """Seats, experience and rollouts for each number of learners."""
     ppo: PpoUpdate
-    play: Play
-    """Plays one rollout into `experience`."""
 
 
 def build_parts(
@@ -87,38 +87,34 @@ def build_parts(
     Raises:
         DualPolicyError: whatever would go wrong later.
     """
-    trainer, dual = config.trainer, config.trainer.dual_policy
+    trainer, dual, initial = config.trainer, config.trainer.dual_policy, config.trainer.initial_policy
     fused = trainer.fused and device.type == "cuda"
     if fused:
         _check_triton()
     dtype = compute_dtype(trainer.precision, device)
 
     # who plays: text -> pinned, verified bytes, the same on every rank
-    initial = trainer.initial_policy
-    wishes = [Wish(source=dual.npc, role="npc")] if dual.npc is not None else []
-    wishes += [Wish(source=initial, role="initial")] if initial is not None else []
-    wishes += [Wish(source=source, role="opponent") for source in opponent_sources(config)]
+    wishes = _wishes(config)
     pins = pin_policies(wishes, run_path, given=dual.lock, seed=config.seed, ranks=ranks, device=device)
+    _check_held_out(pins, wishes, config)
     hold = stack.enter_context(hold_pinned([one for found in pins.policies for one in found]))
     pinned = pins.of_role("npc", wishes)
 
     # where they play, and on which seats
-    check_memory(
-        {"env": env_bytes(config.env)}, available_bytes(device), str(device), num_envs=config.env.num_envs, horizon=0
-    )
-    num_envs, first_env = config.env.num_envs, ranks.rank * config.env.num_envs
-    env = stack.enter_context(
-        closing(
-            make_env(
-                config.env, device=device, num_workers=trainer.num_workers, first_env=first_env, make_host=make_host
-            )
-        )
-    )
+    env = _make_env(config, ranks, device, make_host, stack)
     spec = env.spec
     assignment = assign_seats(spec.num_agents, dual)
-    npcs = [load_npc(dual.npc, pin, spec, config.agent, dtype=dtype, device=device) for pin in pinned if dual.npc]
-    opponent_pins = pins.of_role("opponent", wishes)
-    opponents = load_opponents(config, opponent_pins, npcs, spec, assignment, dtype=dtype, device=device)
+
+    def load_all(role: str) -> list[Npc]:
+        return [
+            load_npc(wish.source, pin, spec, config.agent, dtype=dtype, device=device)
+            for wish, found in zip(wishes, pins.policies, strict=True)
+            for pin in found
+            if wish.role == role
+        ]
+
+    npcs = load_all("npc")
+    opponents, held_out = _opponents(config, npcs, load_all("opponent"), load_all("held_out"), assignment)
 
     # who learns
     initial_pin = next(iter(pins.of_role("initial", wishes)), None)
@@ -131,17 +127,13 @@ def build_parts(
         dtype=dtype,
         device=device,
     )
-    num_rows = num_envs * assignment.num_learner
-    _check_fits(config, spec, num_rows, [learner.policy, *(npc.policy for npc in npcs)], device)
+    _check_fits(config, spec, assignment, [learner.policy, *(npc.policy for npc in npcs)], device)
 
-    # what a rollout and an update need, allocated once
+    # what an update and a rollout need, allocated once
     how_update = _use_kernels(env, learner.inner, device, fused=fused)
-    pool = NpcPool(npcs, num_envs=num_envs, num_npc=assignment.num_npc, device=device) if npcs else None
-    mixed = MixedPolicy(learner.policy, pool, assignment, spec, device)
-    settings = PpoSettings(**{field.name: getattr(trainer, field.name) for field in fields(PpoSettings)})
     ppo = PpoUpdate(
         learner.policy,
-        settings,
+        PpoSettings(**{field.name: getattr(trainer, field.name) for field in fields(PpoSettings)}),
         betas=(trainer.adam_beta1, trainer.adam_beta2),
         eps=trainer.adam_eps,
         ranks=ranks,
@@ -149,21 +141,22 @@ def build_parts(
         capture=fused,
     )
     stack.callback(ppo.release)
-    metrics = EpisodeMetrics(spec, assignment, pool, device, count_first=False, count_later=True)
-    _check_best_metric(config, metrics, opponents)
-    experience = allocate_experience(
-        spec, horizon=trainer.horizon, num_rows=num_rows, state_size=mixed.learner_state.shape[1], device=device
-    )
-    play, how = choose_play(env, mixed, experience, metrics, fused=trainer.fused)
+    seatings = Seatings(config, env, assignment, learner.policy, npcs)
+    seating = seatings(assignment.num_learner)
+    _check_best_metric(config, seating.metrics, opponents)
     facts = {
-        "num_envs": num_envs,
+        "num_envs": spec.num_envs,
         "policy_a_agents": assignment.num_learner,
         "npc_agents": assignment.num_npc,
         "policy_a_seats": list(assignment.learner_seats),
         "npc_seats": list(assignment.npc_seats),
         "device": str(device),
         "precision": str(dtype).removeprefix("torch."),
-        **({"rollout": how, "update": how_update} if device.type == "cuda" else {"threads": torch.get_num_threads()}),
+        **(
+            {"rollout": seating.how, "update": how_update}
+            if device.type == "cuda"
+            else {"threads": torch.get_num_threads()}
+        ),
         "npcs": {npc.name: f"{npc.uri} sha256:{npc.sha256[:12]}" for npc in pinned},
     }
     log.info("Dual-policy system initialized: %s", facts)
@@ -176,12 +169,67 @@ def build_parts(
         assignment=assignment,
         learner=learner,
         opponents=opponents,
-        mixed=mixed,
-        metrics=metrics,
-        experience=experience,
+        held_out=held_out,
+        seatings=seatings,
         ppo=ppo,
-        play=play,
     )
+
+
+def _wishes(config: Config) -> list[Wish]:
+    """Every policy that the config names, with what it is to the run."""
+    dual, initial = config.trainer.dual_policy, config.trainer.initial_policy
+    if dual.self_play is not None or dual.matchmaking.type != "uniform":
+        raise ConfigError("trainer.dual_policy.self_play and matchmaking are not in this version yet; set both to null")
+    wishes = [Wish(source=source, role="npc") for source in dual.sources]
+    asked = [wish.requested for wish in wishes]
+    if twice := next((one for one in asked if asked.count(one) > 1), None):
+        raise ConfigError(
+            f"trainer.dual_policy.pool names {twice} twice; name it once, with a weight if it is to count"
+        )
+    wishes += [Wish(source=initial, role="initial")] if initial is not None else []
+    wishes += [Wish(source=source, role="opponent") for source in opponent_sources(config)]
+    return wishes + [Wish(source=PolicySource(uri=uri), role="held_out") for uri in config.evals.held_out]
+
+
+def _check_held_out(pins: Pins, wishes: list[Wish], config: Config) -> None:
+    """Raises a ConfigError where a held-out policy is an NPC of the run, by its bytes and not by its name."""
+    npcs = {pin.sha256: pin for pin in pins.of_role("npc", wishes)}
+    for held in pins.of_role("held_out", wishes):
+        if held.sha256 in npcs:
+            raise ConfigError(
+                f"evals.held_out={held.requested} is the NPC {npcs[held.sha256].name} of this run (sha256 "
+                f"{held.sha256[:12]}); hold out a policy that the learner does not train against"
+            )
+
+
+def _make_env(
+    config: Config, ranks: Ranks, device: torch.device, make_host: Callable[..., Any] | None, stack: ExitStack
+) -> VecEnv:
+    num_envs, num_workers = config.env.num_envs, config.trainer.num_workers
+    check_memory({"env": env_bytes(config.env)}, available_bytes(device), str(device), num_envs=num_envs, horizon=0)
+    first_env = ranks.rank * num_envs
+    env = make_env(config.env, device=device, num_workers=num_workers, first_env=first_env, make_host=make_host)
+    return stack.enter_context(closing(env))
+
+
+def _opponents(
+    config: Config, npcs: list[Npc], named: list[Npc], held_out: list[Npc], assignment: Assignment
+) -> tuple[list[Npc], frozenset[str]]:
+    """Whom the learner is evaluated against, each with a name of its own, and which of those names are held out.
+
+    Raises:
+        ConfigError: there is no seat for an opponent that was named.
+    """
+    for key, uris in (("opponents", config.evals.opponents), ("held_out", config.evals.held_out)):
+        if uris and assignment.num_npc == 0:
+            raise ConfigError(
+                f"evals.{key}={uris} would find no seat: all agents learn; "
+                f"switch an NPC on (trainer.dual_policy), or use evals.{key}=[]"
+            )
+    opponents = named or npcs
+    names = unique_names([npc.name for npc in [*opponents, *held_out]])
+    renamed = [replace(npc, name=name) for npc, name in zip([*opponents, *held_out], names, strict=True)]
+    return renamed, frozenset(names[len(opponents) :])
 
 
 def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
@@ -262,24 +310,38 @@ def _check_best_metric(config: Config, metrics: EpisodeMetrics, opponents: list[
         raise ConfigError(f"trainer.best_metric={name} is no metric of this run; did you mean {near}?")
 
 
-def _check_fits(config: Config, spec: EnvSpec, num_rows: int, policies: list[nn.Module], device: torch.device) -> None:
+def _check_fits(
+    config: Config, spec: EnvSpec, assignment: Assignment, policies: list[nn.Module], device: torch.device
+) -> None:
     """Compares an estimate of what the run will allocate with what is free; `policies` begins with the learner."""
-    horizon, minibatches = config.trainer.horizon, config.trainer.num_minibatches
-    if num_rows < minibatches:
-        raise ConfigError(f"trainer.num_minibatches={minibatches} is more than the {num_rows} learner rows; use fewer")
+    trainer = config.trainer
+    horizon, minibatches, dual = trainer.horizon, trainer.num_minibatches, trainer.dual_policy
+    counts = [assignment.num_learner]
+    if dual.pct_schedule is not None:
+        counts = possible_counts(dual.pct_schedule, dual.training_agents_pct, spec.num_agents)
+    fewest, most = spec.num_envs * min(counts), spec.num_envs * max(counts)
+    if fewest < minibatches:
+        raise ConfigError(f"trainer.num_minibatches={minibatches} is more than the {fewest} learner rows; use fewer")
     state_size, *npc_state_sizes = (int(policy.state_size) for policy in policies)  # type: ignore[arg-type]
     num_parameters = sum(parameter.numel() for policy in policies for parameter in policy.parameters())
+    sizes = [
+        (
+            experience_bytes(spec, horizon=horizon, num_rows=spec.num_envs * count, state_size=state_size),
+            scratch_bytes(
+                spec,
+                num_learner=count,
+                num_npcs=len(npc_state_sizes),
+                state_size=state_size,
+                npc_state_size=max(npc_state_sizes, default=0),
+            ),
+        )
+        for count in counts
+    ]
     needs = {
-        "experience": experience_bytes(spec, horizon=horizon, num_rows=num_rows, state_size=state_size),
-        "scratch": scratch_bytes(
-            spec,
-            num_learner=num_rows // spec.num_envs,
-            num_npcs=len(npc_state_sizes),
-            state_size=state_size,
-            npc_state_size=max(npc_state_sizes, default=0),
-        ),
+        "experience": sum(experience for experience, _ in sizes),
+        "scratch": sum(scratch for _, scratch in sizes),
         # what a minibatch keeps for its backward pass: about 16 float32 per hidden unit and step
-        "update": horizon * -(-num_rows // minibatches) * max(state_size, 256) * 16 * 4,
+        "update": horizon * -(-most // minibatches) * max(state_size, 256) * 16 * 4,
         "policies": num_parameters * 4 * 6,  # parameters, gradients, two moments, packed copies
     }
     check_memory(

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from dual_policy_plugin.checkpoint import read_safetensors
-from dual_policy_plugin.distributed import Ranks, copy_from_first
+from dual_policy_plugin.distributed import Ranks, copy_from_first, share_text
 from dual_policy_plugin.errors import ConfigError, RunError
 from dual_policy_plugin.learning.ppo import PpoUpdate
 from dual_policy_plugin.npc.resolver import PinnedPolicy
@@ -41,6 +40,12 @@ class Counters:
     """Steps of all agents, over all ranks."""
     elapsed_s: float = 0.0
     """Wall-clock seconds of training, over all restarts."""
+    num_learner: int = 0
+    """Learners in each env now; 0: as the run began."""
+    share_wins: float = 0.0
+    """Wins, draws as half, since the share of learners last changed."""
+    share_episodes: float = 0.0
+    """Episodes since then."""
 
     def add_iteration(self, learner_steps: int, env_agent_steps: int) -> None:
         """Counts a rollout of all ranks; a learner step of weight 0 is none."""
@@ -58,15 +63,21 @@ def encode_state(counters: Counters, env: VecEnv, mixed: MixedPolicy, ppo: PpoUp
     return bytes(safetensors.torch.save(whole, metadata={"counters": json.dumps(asdict(counters))}))
 
 
+def read_counters(data: bytes, where: str) -> Counters:
+    """How far the run of a saved state was."""
+    metadata, _ = read_safetensors(data, where)
+    return Counters(**json.loads(metadata["counters"]))
+
+
 def restore_state(
     data: bytes, where: str, env: VecEnv, mixed: MixedPolicy, ppo: PpoUpdate, metrics: EpisodeMetrics
-) -> Counters:
-    """Puts a saved state into the live objects; gives the counters.
+) -> None:
+    """Puts a saved state into the live objects.
 
     Raises:
         RunError: the state was saved by a run of another shape.
     """
-    metadata, saved = read_safetensors(data, where)
+    _, saved = read_safetensors(data, where)
     has_env = hasattr(env, "load_state_dict") and any(name.startswith("env.") for name in saved)
     live = _live_tensors(mixed, ppo, metrics)
     for name, tensor in live.items():
@@ -77,12 +88,15 @@ def restore_state(
         tensor.copy_(saved[name])
     if has_env:
         env.load_state_dict({name[4:]: tensor for name, tensor in saved.items() if name.startswith("env.")})  # type: ignore[attr-defined]
-    counters: dict[str, Any] = json.loads(metadata["counters"])
-    return Counters(**counters)
 
 
-def share_state(counters: Counters, mixed: MixedPolicy, ppo: PpoUpdate, metrics: EpisodeMetrics, ranks: Ranks) -> None:
-    """Gives every rank the first one's policy, optimizer and counters; only that one has read the run directory.
+def share_counters(counters: Counters, ranks: Ranks, device: torch.device) -> Counters:
+    """The first rank's counters, on every rank; only that one has read the run directory."""
+    return Counters(**json.loads(share_text(json.dumps(asdict(counters)), ranks, device)))
+
+
+def share_state(mixed: MixedPolicy, ppo: PpoUpdate, metrics: EpisodeMetrics, ranks: Ranks) -> None:
+    """Gives every rank the first one's policy and optimizer.
 
     The envs of the other ranks start anew: the state holds the first one's.
     """
@@ -91,11 +105,6 @@ def share_state(counters: Counters, mixed: MixedPolicy, ppo: PpoUpdate, metrics:
     for name, tensor in _live_tensors(mixed, ppo, metrics).items():
         if name.split(".")[0] not in EPISODE_STATE:
             copy_from_first(tensor, ranks)
-    names = ("iteration", "agent_step", "env_agent_step")
-    numbers = torch.tensor([getattr(counters, name) for name in names], device=ppo.parameters.flat.device)
-    copy_from_first(numbers, ranks)
-    for name, number in zip(names, numbers.tolist(), strict=True):
-        setattr(counters, name, number)
 
 
 def keep_optimizer(pinned: PinnedPolicy, ppo: PpoUpdate) -> None:

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dual_policy_plugin.config import Config, TrainerConfig
 from dual_policy_plugin.distributed import join_ranks, leave_ranks
@@ -37,9 +38,13 @@ from dual_policy_plugin.run_state import (
     Counters,
     encode_state,
     keep_optimizer,
+    read_counters,
     restore_state,
+    share_counters,
     share_state,
 )
+from dual_policy_plugin.seating import Seating
+from dual_policy_plugin.share_schedule import next_num_learner
 
 
 def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., Any] | None = None) -> dict[str, Any]:
@@ -69,35 +74,43 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
         parts = build_parts(config, run.path if run else None, ranks, device, make_host, stack)
         if run is not None and parts.lock:
             run.record_lock(lock_facts(parts.lock))
-        env, mixed, experience, metrics, ppo = parts.env, parts.mixed, parts.experience, parts.metrics, parts.ppo
+        env, ppo = parts.env, parts.ppo
         first_env = ranks.rank * env.spec.num_envs
 
+        saved = run.load_state(STATE_NAME) if run else None
+        counters = share_counters(read_counters(saved, STATE_NAME) if saved else Counters(), ranks, device)
+        seating = parts.seatings(counters.num_learner or parts.assignment.num_learner)
         env.reset(config.seed, stagger=True)
-        counters = _resume(config, run, parts) if run else Counters()
-        share_state(counters, parts.mixed, parts.ppo, parts.metrics, ranks)
+        if run is not None:
+            _resume(config, run, parts, seating, counters, saved)
+        share_state(seating.mixed, ppo, seating.metrics, ranks)
         if counters.iteration and not (run and hasattr(env, "state_dict")):
             # no state to go on from: new episodes, or a run that is often stopped would see its first ones only
-            env.reset(int(hash32(config.seed, counters.iteration)) & LOW_31_BITS, stagger=True)
+            env.reset(_later_seed(config, counters), stagger=True)
         log = stack.enter_context(RunLog(run, config, parts.pinned)) if run else None
         score, figures = Score(trainer.best_metric), _last_figures(run) if run else {}
-        start_rollouts(env, mixed, experience)
+        start_rollouts(env, seating.mixed, seating.experience)
         laps, clock = Laps(device), time.perf_counter()
         while counters.agent_step < trainer.total_timesteps:
             laps.mark()
             first_step = counters.iteration * trainer.horizon
-            numbers = mixed.random_numbers(config.seed, first_step, trainer.horizon, first_env=first_env)
-            parts.play(numbers)  # fills experience: rollout/collector.py, or its fused twin on a GPU
+            numbers = seating.mixed.random_numbers(config.seed, first_step, trainer.horizon, first_env=first_env)
+            seating.play(numbers)  # fills experience: rollout/collector.py, or its fused twin on a GPU
             laps.mark()
+            experience = seating.experience
             learning_rate = _learning_rate(trainer, counters.agent_step)
             losses = ppo.update(experience, learning_rate)
             parts.learner.update_statistics(experience, ranks)
             laps.mark()
 
-            figures = iteration_figures(counters, learning_rate, losses, metrics, experience, env.spec, ranks)
+            figures, sums = iteration_figures(
+                counters, learning_rate, losses, seating.metrics, experience, env.spec, ranks
+            )
             finished = time.perf_counter()
             counters.elapsed_s += finished - clock  # with what evaluation and saving took after the last iteration
             clock = finished
             timing = iteration_timing(config, counters, experience, env.spec, ranks, laps)
+            seating = _next_seating(config, parts, seating, counters, sums)
             if run is None or log is None:
                 continue
             is_last = counters.agent_step >= trainer.total_timesteps
@@ -107,7 +120,7 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
             log.record(counters.iteration, figures, timing)  # first: no checkpoint stands without its metrics
             checkpoint = None
             if is_last or counters.iteration % trainer.checkpoint_interval == 0:
-                checkpoint = _save(config.run, run, parts, counters, figures, score.take())
+                checkpoint = _save(config.run, run, parts, seating, counters, figures, score.take())
             log.show(counters.iteration, figures, timing, checkpoint)
 
         if run is None or log is None:
@@ -127,18 +140,49 @@ def _open_run(config: Config, resolved_yaml: str) -> RunDirectory:
     )
 
 
-def _resume(config: Config, run: RunDirectory, parts: Parts) -> Counters:
+def _resume(
+    config: Config, run: RunDirectory, parts: Parts, seating: Seating, counters: Counters, saved: bytes | None
+) -> None:
     """Puts the run where it was stopped; a new one saves epoch 0, so that its beginning can be played against too."""
-    saved, initial = run.load_state(STATE_NAME), config.trainer.initial_policy
+    initial = config.trainer.initial_policy
     if saved is None:
         if initial and initial.keep_optimizer and parts.initial:
             keep_optimizer(parts.initial, parts.ppo)
-        _save(config.run, run, parts, Counters(), {}, None)
-        return Counters()
-    where = str(run.path / "state" / STATE_NAME)
-    counters = restore_state(saved, where, parts.env, parts.mixed, parts.ppo, parts.metrics)
+        _save(config.run, run, parts, seating, counters, {}, None)
+        return
+    restore_state(saved, str(run.path / "state" / STATE_NAME), parts.env, seating.mixed, parts.ppo, seating.metrics)
     run.truncate_metrics(counters.iteration)
-    return counters
+
+
+def _next_seating(config: Config, parts: Parts, seating: Seating, counters: Counters, sums: Tensor) -> Seating:
+    """The seats of the next iteration. Where the schedule changes the share of learners, all envs start anew."""
+    dual, env = config.trainer.dual_policy, parts.env
+    if dual.pct_schedule is None:
+        return seating
+    counters.share_episodes += float(sums[:, 0].sum())
+    counters.share_wins += float(sums[:, 1].sum())
+    num_learner = next_num_learner(
+        dual.pct_schedule,
+        start_pct=dual.training_agents_pct,
+        agent_step=counters.agent_step,
+        total_timesteps=config.trainer.total_timesteps,
+        num_agents=env.spec.num_agents,
+        current=seating.assignment.num_learner,
+        wins=counters.share_wins,
+        episodes=counters.share_episodes,
+    )
+    if num_learner == seating.assignment.num_learner:
+        return seating
+    counters.num_learner, counters.share_wins, counters.share_episodes = num_learner, 0.0, 0.0
+    env.reset(_later_seed(config, counters), stagger=True)
+    following = parts.seatings(num_learner)
+    following.start(env)
+    return following
+
+
+def _later_seed(config: Config, counters: Counters) -> int:
+    """The seed of episodes that all envs begin together, later than at the run's beginning."""
+    return int(hash32(config.seed, counters.iteration)) & LOW_31_BITS
 
 
 def _last_figures(run: RunDirectory) -> dict[str, float]:
@@ -168,7 +212,13 @@ def _evaluate(
 
 
 def _save(
-    name: str, run: RunDirectory, parts: Parts, counters: Counters, figures: dict[str, float], score: float | None
+    name: str,
+    run: RunDirectory,
+    parts: Parts,
+    seating: Seating,
+    counters: Counters,
+    figures: dict[str, float],
+    score: float | None,
 ) -> str:
     """Saves the checkpoint, then the state that continues from it; gives the checkpoint's name.
 
@@ -182,7 +232,7 @@ def _save(
         "npcs": recorded_npcs(parts.lock),
     }
     path = run.save_checkpoint(counters.iteration, parts.learner.encode(metadata), score=score)
-    run.save_state(STATE_NAME, encode_state(counters, parts.env, parts.mixed, parts.ppo, parts.metrics))
+    run.save_state(STATE_NAME, encode_state(counters, parts.env, seating.mixed, parts.ppo, seating.metrics))
     parts.hold.refresh()
     return path.name
 
@@ -199,8 +249,12 @@ def _result(
     figures: dict[str, float],
     evals: list[MatchResult],
 ) -> dict[str, Any]:
-    """What the run came to; `objective` is what a sweeper maximizes: the mean win rate, else the learner's return."""
-    rates = [result.win_rate for result in evals]
+    """What the run came to; `objective` is what a sweeper maximizes: the mean win rate, else the learner's return.
+
+    Policies that are held out have no say in it, where there are others: a choice by them would be training on them.
+    """
+    seen = [result for result in evals if result.opponent not in parts.held_out]
+    rates = [result.win_rate for result in seen or evals]
     newest = run.newest_checkpoint()
     objective = sum(rates) / len(rates) if rates else _newest_return(run)
     return {

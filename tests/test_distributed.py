@@ -115,13 +115,17 @@ CONTINUE = """
 import json, sys
 import torch
 import dual_policy_plugin.train as program
-share = program.share_state
-def note(counters, mixed, ppo, metrics, ranks):
-    share(counters, mixed, ppo, metrics, ranks)
-    adam, steps = float(ppo.adam_state()["step"]), counters.agent_step
-    state = {"flat": ppo.parameters.flat.tolist(), "adam": adam, "steps": steps}
+share, share_counters = program.share_state, program.share_counters
+steps = []
+def note_counters(*args):
+    counters = share_counters(*args)
+    steps.append(counters.agent_step)
+    return counters
+def note(mixed, ppo, metrics, ranks):
+    share(mixed, ppo, metrics, ranks)
+    state = {"flat": ppo.parameters.flat.tolist(), "adam": float(ppo.adam_state()["step"]), "steps": steps[-1]}
     json.dump(state, open(sys.argv[1] + f"/{ranks.rank}.json", "w"))
-program.share_state = note
+program.share_state, program.share_counters = note, note_counters
 """
 
 

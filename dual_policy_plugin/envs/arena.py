@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dual_policy_plugin.config import check_range
+from dual_policy_plugin.config_checks import check_range
 from dual_policy_plugin.envs.arena_config import (
     ACTIONS,
     COUNTERS,

@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dual_policy_plugin.config import check, check_range
+from dual_policy_plugin.config_checks import check, check_range
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.types import ObservationSpace
 

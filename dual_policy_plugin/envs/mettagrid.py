@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dual_policy_plugin.config import check, check_range
+from dual_policy_plugin.config_checks import check, check_range
 from dual_policy_plugin.envs.host import HostSpec, Rows
 from dual_policy_plugin.errors import EnvError
 from dual_policy_plugin.types import ObservationSpace

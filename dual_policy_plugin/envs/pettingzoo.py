@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dual_policy_plugin.config import check
+from dual_policy_plugin.config_checks import check
 from dual_policy_plugin.envs.host import DEFAULT_MAX_EPISODE_STEPS, HostSpec, Rows, action_names, nearest, vector_space
 from dual_policy_plugin.errors import ConfigError, EnvError
 

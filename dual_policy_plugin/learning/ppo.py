@@ -168,8 +168,8 @@ class PpoUpdate:
         if settings.target_kl is not None:
             self.adam.found_inf = self.is_stopped  # type: ignore[attr-defined]  # a fused step with 1 changes nothing
         self._is_capturing = capture and flat.is_cuda
-        self._captured: CapturedCall[dict[str, Tensor]] | None = None
-        self._experience: Experience | None = None  # that the recorded update reads
+        # an update is recorded for each Experience that comes, and reads that one's tensors
+        self._captured: list[tuple[Experience, CapturedCall[dict[str, Tensor]]]] = []
 
     def adam_state(self) -> dict[str, Tensor]:
         """Adam's moments and step count; copying into them changes the optimizer."""
@@ -179,7 +179,7 @@ class PpoUpdate:
         """Improves the learner on one rollout.
 
         Args:
-            experience: filled; not changed. On CUDA always the same object: its graph reads these tensors.
+            experience: filled; not changed. On CUDA one graph is recorded for each object, and kept.
             learning_rate: of Adam, for this whole update.
 
         Returns:
@@ -188,17 +188,18 @@ class PpoUpdate:
         self.learning_rate.fill_(learning_rate)
         if not self._is_capturing:
             return self._update(experience)
-        assert self._experience is None or self._experience is experience, "the update's graph reads other experience"
-        self._experience = experience
-        if self._captured is None:
-            self._captured = CapturedCall(lambda: self._update(experience), "the update")
-        return self._captured()
+        for known, captured in self._captured:
+            if known is experience:
+                return captured()
+        captured = CapturedCall(lambda: self._update(experience), "the update")
+        self._captured.append((experience, captured))
+        return captured()
 
     def release(self) -> None:
-        """Gives the recorded update back. It must be gone before the ranks part: NCCL's communicator waits for it."""
-        if self._captured is not None:
-            self._captured.release()
-        self._captured = self._experience = None
+        """Gives the recorded updates back. They must be gone before the ranks part: NCCL's communicator waits."""
+        for _, captured in self._captured:
+            captured.release()
+        self._captured.clear()
 
     def _update(self, experience: Experience) -> dict[str, Tensor]:
         settings = self.settings

@@ -22,8 +22,9 @@ from dual_policy_plugin.npc.uri import parse_uri
 LOCK_VERSION = 1
 MAX_LOCK_BYTES = 16 * 1024**2
 
-ROLES = ("npc", "initial", "opponent")
-"""What a policy is to a run: plays beside the learner, is what the learner starts from, is evaluated against."""
+ROLES = ("npc", "initial", "opponent", "held_out")
+"""What a policy is to a run: plays beside the learner, is what the learner starts from, is evaluated against, is
+evaluated against and never plays beside it."""
 
 _FIELDS = {
     "role": str,

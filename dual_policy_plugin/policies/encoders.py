@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dual_policy_plugin.config import check
+from dual_policy_plugin.config_checks import check
 from dual_policy_plugin.policies.gather_sum import gather_sum
 from dual_policy_plugin.policies.window_table import NUM_BYTES, window_layout, window_sum
 from dual_policy_plugin.types import ObservationSpace

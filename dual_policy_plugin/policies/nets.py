@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dual_policy_plugin.config import check
+from dual_policy_plugin.config_checks import check
 from dual_policy_plugin.policies.encoders import Pack, VectorEncoder, build_encoder
 from dual_policy_plugin.policies.fast_step import LstmLayer, Span, StepBuffers, fast_step, fitting_buffers, row_blocks
 from dual_policy_plugin.policies.lstm import lstm_segment

@@ -1,18 +1,19 @@
-"""The run's NPCs: frozen policies, which of them plays in which env, and their recurrent states.
+"""The run's NPCs: frozen policies in slots, which of them plays in which env, and their recurrent states.
 
 Takes NPC observations; gives NPC actions. An env keeps its NPC for a whole episode: a new one is drawn where an episode
-ended, and the state is zeroed there.
+ended, and the state is zeroed there. A slot may be empty, and be given a policy while the run goes on.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from dual_policy_plugin.policies.binding import BoundPolicy
 from dual_policy_plugin.policies.nets import FastPolicy
 from dual_policy_plugin.policies.sampling import most_likely_actions, sample_actions
 from dual_policy_plugin.policies.stacked import TILE, SortedRows, StackedPolicies, sort_rows
@@ -23,37 +24,68 @@ class Npc:
     """One frozen policy of a pool."""
 
     name: str
+    """Empty: a slot that no NPC has yet; the policy there has some weights, and plays nowhere."""
     policy: nn.Module
     """In eval mode, without gradients, packed."""
     is_greedy: bool = False
     """Takes its most likely action instead of drawing one."""
 
 
-class NpcPool:
-    """K frozen policies that act for the NPC rows of all envs.
+def empty_slots(policy: nn.Module, num_slots: int) -> list[Npc]:
+    """Slots for NPCs of the kind of `policy`: frozen copies of it, which `NpcPool.put` overwrites.
 
-    `npc_of_env`, `probabilities` and `state` are written in place and never replaced: views of them, and a captured
-    graph, stay right.
+    Args:
+        policy: as its env sees it; to be copied before its parameters become views of one tensor.
+        num_slots: how many.
+    """
+    copies = [copy.deepcopy(policy).eval().requires_grad_(False) for _ in range(num_slots)]
+    for one in copies:
+        one.pack()  # type: ignore[operator]
+    return [Npc(name="", policy=one) for one in copies]
+
+
+class NpcPool:
+    """K slots of frozen policies that act for the NPC rows of all envs.
+
+    `npc_of_env`, `probabilities`, `state` and the policies' weights are written in place and never replaced: views of
+    them, and a captured graph, stay right.
 
     On the CPU, rows are sorted by NPC, and each NPC runs on its own rows: all in one grouped step where they are `fast`
-    policies of one size over a window, else in one call each. On a GPU, where no shape may depend on who plays where,
-    each NPC runs on all rows, K times the work of one; the fused rollout does without that.
+    policies of one size over a window, else in one call each; a slot without rows costs nothing. On a GPU, where no
+    shape may depend on who plays where, each slot, an empty one too, runs on all rows, K times the work of one; the
+    fused rollout does without that.
 
     Attributes:
-        npc_of_env: (num_envs,) int64, which NPC plays there until the episode ends.
-        probabilities: (K,) float32, what the next NPC is drawn with; rewritten in place by the host.
+        npcs: what is in the slots; one list for this pool, its parts and its siblings.
+        npc_of_env: (num_envs,) int64, which NPC plays there until the episode ends; -1 until there is an NPC.
+        probabilities: (K,) float32, what the next NPC is drawn with, see `set_probabilities`.
         state: (num_envs * num_npc, max state size) float32, zeros at an episode's start.
     """
 
     def __init__(self, npcs: Sequence[Npc], *, num_envs: int, num_npc: int, device: torch.device) -> None:
+        """Fills the slots; all NPCs there are have equal probabilities."""
         self.npcs = list(npcs)
         self.num_npc = num_npc
-        self.npc_of_env = torch.arange(num_envs, device=device) % len(self.npcs)  # (num_envs,)
-        self.probabilities = torch.full((len(self.npcs),), 1.0 / len(self.npcs), device=device)
         self._state_sizes = [int(npc.policy.state_size) for npc in self.npcs]  # type: ignore[arg-type]
         self.state = torch.zeros(num_envs * num_npc, max(self._state_sizes), device=device)
+        self._stacks: list[tuple[int, StackedPolicies]] = []  # (place of slot 0, stack); shared as `npcs` is
         self._stack = _stack(self.npcs) if device.type == "cpu" else None
+        if self._stack is not None:
+            self._stacks.append((0, self._stack))
         self._rows: SortedRows | None = None
+        self.npc_of_env = torch.full((num_envs,), -1, device=device)
+        self.probabilities = torch.zeros(len(self.npcs), device=device)
+        if num_named := sum(npc.name != "" for npc in self.npcs):
+            self.set_probabilities([(npc.name != "") / num_named for npc in self.npcs])
+            self.start_episodes()
+
+    def with_seats(self, num_npc: int) -> NpcPool:
+        """A pool for another number of NPC agents per env that has everything in common with this one but the states:
+        one of the two plays at a time, from `start_episodes` on."""
+        sibling = copy.copy(self)
+        sibling.num_npc, sibling._rows = num_npc, None
+        sibling.state = self.state.new_zeros(len(self.npc_of_env) * num_npc, self.state.shape[1])
+        return sibling
 
     def part(self, envs: slice) -> NpcPool:
         """The same NPCs over some of the envs: who plays where, and the states, are views of this pool's."""
@@ -61,6 +93,82 @@ class NpcPool:
         part.npc_of_env = self.npc_of_env[envs]
         part.state = self.state[envs.start * self.num_npc : envs.stop * self.num_npc]
         return part
+
+    def set_probabilities(self, probabilities: Sequence[float]) -> None:
+        """What the next NPC of an env is drawn with, by slot; 0 for one that is to play no more.
+
+        The last slot with a share above 0 takes whatever the sum leaves: no rounding ever draws a slot behind it.
+        """
+        shares = list(probabilities)
+        playing = [k for k, share in enumerate(shares) if share > 0]
+        assert playing, "no slot has a share"
+        assert all(self.npcs[k].name for k in playing), "an empty slot has a share"
+        shares[playing[-1]] = 1.0
+        self.probabilities.copy_(torch.tensor(shares))
+
+    def start_episodes(self) -> None:
+        """New episodes in all envs: states zeroed, the NPCs spread over the envs in the order of the slots.
+
+        Env e takes the slot whose part of the probabilities' sum holds (e + 1/2) / num_envs.
+        """
+        num_envs = len(self.npc_of_env)
+        self.state.zero_()
+        middles = (torch.arange(num_envs, device=self.state.device) + 0.5) / num_envs
+        self.npc_of_env.copy_(self._drawn(middles))
+
+    def live(self) -> Tensor:
+        """(K,) int64: how many envs play each NPC now."""
+        slots = torch.arange(len(self.npcs), device=self.npc_of_env.device)
+        return (self.npc_of_env.unsqueeze(1) == slots).sum(dim=0)
+
+    @torch.no_grad()
+    def put(self, k: int, name: str, weights: Mapping[str, Tensor]) -> None:
+        """Gives slot k, which no env plays, another policy of its kind.
+
+        Args:
+            k: the slot.
+            name: of the NPC that it holds from now on.
+            weights: the policy's state dict, as its checkpoint has it.
+        """
+        assert not bool((self.npc_of_env == k).any()), f"slot {k} is still played"
+        npc = self.npcs[k] = replace(self.npcs[k], name=name)
+        own = self.weights(k)
+        assert own.keys() == weights.keys(), "another kind of policy"
+        for key, tensor in own.items():
+            tensor.copy_(weights[key])
+        npc.policy.pack()  # type: ignore[operator]
+        for first, stack in self._stacks:
+            stack.put(first + k, npc.policy, is_greedy=npc.is_greedy)
+
+    def clear(self, k: int) -> None:
+        """Makes slot k, which no env plays, an empty one."""
+        self.npcs[k] = replace(self.npcs[k], name="")
+
+    def weights(self, k: int) -> dict[str, Tensor]:
+        """The state dict of slot k's net, without what binds it to the env: its own tensors, not copies."""
+        policy = self.npcs[k].policy
+        net = policy.policy if isinstance(policy, BoundPolicy) else policy
+        return dict(net.state_dict())
+
+    def stack_behind(self, like: FastPolicy) -> StackedPolicies:
+        """The weights of all slots behind one place that is left to the caller; siblings have it in common.
+
+        Args:
+            like: what every NPC fits (`StackedPolicies.fits`).
+        """
+        for first, stack in self._stacks:
+            if first == 1:
+                return stack
+        stack = StackedPolicies(like, 1 + len(self.npcs))
+        for k, npc in enumerate(self.npcs):
+            stack.put(1 + k, npc.policy, is_greedy=npc.is_greedy)
+        self._stacks.append((1, stack))
+        return stack
+
+    def pack(self) -> None:
+        """Packs all policies anew. In a recording of a rollout it makes the replay read weights that were put since."""
+        for npc in self.npcs:
+            npc.policy.pack()  # type: ignore[operator]
 
     @torch.no_grad()
     def act(self, obs: Tensor, uniforms: Tensor) -> Tensor:
@@ -129,8 +237,11 @@ class NpcPool:
         """
         zero_rows(self.state, dones)
         if len(self.npcs) > 1:
-            drawn = (uniforms.unsqueeze(1) >= self.probabilities.cumsum(0)[:-1]).sum(dim=1)
-            torch.where(episode_ends, drawn, self.npc_of_env, out=self.npc_of_env)
+            torch.where(episode_ends, self._drawn(uniforms), self.npc_of_env, out=self.npc_of_env)
+
+    def _drawn(self, uniforms: Tensor) -> Tensor:
+        """The slot whose part of the probabilities' sum holds each number; (num_numbers,) int64."""
+        return (uniforms.unsqueeze(1) >= self.probabilities.cumsum(0)[:-1]).sum(dim=1)
 
 
 def zero_rows(state: Tensor, is_done: Tensor) -> None:

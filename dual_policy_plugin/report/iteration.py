@@ -30,8 +30,12 @@ def iteration_figures(
     experience: Experience,
     spec: EnvSpec,
     ranks: Ranks,
-) -> dict[str, float]:
-    """Counts the iteration and gives its metrics. All numbers leave the device in one transfer, the iteration's only.
+) -> tuple[dict[str, float], Tensor]:
+    """Counts the iteration. All numbers leave the device in one transfer, the iteration's only.
+
+    Returns:
+        The iteration's metrics by name; the episodes' sums of all ranks, (num_npcs, num_fields) as EpisodeMetrics has
+        them, on the host.
 
     Raises:
         DivergedError: a loss or the gradient is not finite.
@@ -58,7 +62,8 @@ def iteration_figures(
         "charts/epoch": float(counters.iteration),
         "charts/learning_rate": learning_rate,
     }
-    return {**charts, **figures, **metrics.figures(numbers[num_losses + 1 :].view(sums.shape))}
+    sums = numbers[num_losses + 1 :].view(sums.shape)
+    return {**charts, **figures, **metrics.figures(sums)}, sums
 
 
 class Laps:

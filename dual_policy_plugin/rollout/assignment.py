@@ -7,12 +7,11 @@ Takes the config's share and layout and the env's number of agents; gives an Ass
 from __future__ import annotations
 
 from dataclasses import dataclass
-from decimal import ROUND_HALF_UP, Decimal
 
 from dual_policy_plugin.errors import ConfigError
+from dual_policy_plugin.share_schedule import PCT_KEY, count_learners, shortest_share
 
 LAYOUTS = ("first", "last", "interleaved")
-_PCT = "trainer.dual_policy.training_agents_pct"
 _SEATS = "trainer.dual_policy.assignment"
 
 
@@ -45,34 +44,6 @@ class Assignment:
         return Assignment(num_agents=self.num_agents, learner_seats=seats)
 
 
-def count_learners(num_agents: int, pct: float) -> int:
-    """Pct x num_agents rounded half up in decimal arithmetic: 0.29 x 50 is 15, though the floats multiply to 14.4999.
-
-    Raises:
-        ConfigError: no agent or (with pct below 1) every agent would learn; names the nearest share that works.
-    """
-    num_learner = int((Decimal(repr(pct)) * num_agents).quantize(Decimal(1), rounding=ROUND_HALF_UP))
-    if num_learner == 0:
-        raise ConfigError(
-            f"{_PCT}={pct} leaves no learner among {num_agents} agents; use at least {_share(1, num_agents)}"
-        )
-    if num_learner == num_agents and pct < 1:
-        if num_agents == 1:
-            raise ConfigError(f"{_PCT}={pct} leaves no NPC: the env has one agent; use an env with more, or 1.0")
-        most = _share(num_agents - 1, num_agents)
-        raise ConfigError(f"{_PCT}={pct} leaves no NPC among {num_agents} agents; use at most {most}, or 1.0 for none")
-    return num_learner
-
-
-def _share(num_learner: int, num_agents: int) -> str:
-    """The shortest decimal that gives exactly num_learner of num_agents."""
-    for digits in range(1, 9):
-        text = f"{num_learner / num_agents:.{digits}f}"
-        if int((Decimal(text) * num_agents).quantize(Decimal(1), rounding=ROUND_HALF_UP)) == num_learner:
-            return text
-    return repr(num_learner / num_agents)
-
-
 def assign(num_agents: int, pct: float, layout: str | list[int] = "first") -> Assignment:
     """Splits the seats of an env between learner and NPC.
 
@@ -87,17 +58,23 @@ def assign(num_agents: int, pct: float, layout: str | list[int] = "first") -> As
     num_learner = count_learners(num_agents, pct)
     if isinstance(layout, list):
         return Assignment(num_agents=num_agents, learner_seats=_checked_seats(layout, num_agents, num_learner, pct))
-    if layout == "first":
-        seats = range(num_learner)
-    elif layout == "last":
-        seats = range(num_agents - num_learner, num_agents)
-    elif layout == "interleaved":
-        return Assignment(
-            num_agents=num_agents, learner_seats=tuple(i * num_agents // num_learner for i in range(num_learner))
-        )
-    else:
+    return seat_learners(num_agents, num_learner, layout)
+
+
+def seat_learners(num_agents: int, num_learner: int, layout: str) -> Assignment:
+    """Gives `num_learner` of the seats to the learner, as a named layout says.
+
+    Raises:
+        ConfigError: an unknown layout.
+    """
+    seats = {
+        "first": range(num_learner),
+        "last": range(num_agents - num_learner, num_agents),
+        "interleaved": [i * num_agents // num_learner for i in range(num_learner)],
+    }
+    if layout not in seats:
         raise ConfigError(f"{_SEATS}={layout} is not known; use {', '.join(LAYOUTS)} or a list of seats")
-    return Assignment(num_agents=num_agents, learner_seats=tuple(seats))
+    return Assignment(num_agents=num_agents, learner_seats=tuple(seats[layout]))
 
 
 def _checked_seats(layout: list[int], num_agents: int, num_learner: int, pct: float) -> tuple[int, ...]:
@@ -106,7 +83,7 @@ def _checked_seats(layout: list[int], num_agents: int, num_learner: int, pct: fl
         raise ConfigError(f"{_SEATS}={layout} is not possible; name different seats from 0 to {num_agents - 1}")
     if len(seats) != num_learner:
         raise ConfigError(
-            f"{_SEATS}={layout} names {len(seats)} learner seats, but {_PCT}={pct} of {num_agents} agents is "
-            f"{num_learner}; set {_PCT}={_share(len(seats), num_agents)}"
+            f"{_SEATS}={layout} names {len(seats)} learner seats, but {PCT_KEY}={pct} of {num_agents} agents is "
+            f"{num_learner}; set {PCT_KEY}={shortest_share(len(seats), num_agents)}"
         )
     return seats

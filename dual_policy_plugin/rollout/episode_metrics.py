@@ -66,6 +66,11 @@ class EpisodeMetrics:
         part._fields = self._fields[envs]
         return part
 
+    def start_episodes(self) -> None:
+        """Forgets the running episodes: every env starts a new one, which does not count."""
+        self.returns.zero_()
+        self.is_counting.zero_()
+
     @torch.no_grad()
     def add(self, result: StepResult) -> None:
         """Adds one step; call it before the pool draws new NPCs."""

@@ -86,6 +86,12 @@ class MixedPolicy:
         part.num_learner_rows, part.num_npc_rows = len(part.learner_state), len(part.npc_obs)
         return part
 
+    def start_episodes(self) -> None:
+        """Zeroes the recurrent states of all rows: every env starts a new episode."""
+        self.learner_state.zero_()
+        if self.pool is not None:
+            self.pool.start_episodes()
+
     def observe(self, env: VecEnv, learner_obs: Tensor) -> None:
         """Has the env write the learner rows into `learner_obs` and the NPC rows into the scratch buffer."""
         env.observe(self.learner_seats, learner_obs)

@@ -2,11 +2,12 @@
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from dual_policy_plugin.composition import CONFIG_DIR, compose_config, quote_override
 from dual_policy_plugin.config_loading import load_config
@@ -77,14 +78,28 @@ def test_every_option_of_every_group_composes_and_loads() -> None:
 
 def test_the_node_has_the_same_keys_wherever_it_stands() -> None:
     base = OmegaConf.load(CONFIG_DIR / "trainer" / "trainer.yaml").dual_policy
-    checkpoint, off = (OmegaConf.load(GROUPS / f"{name}.yaml") for name in ("checkpoint", "off"))
-    for one, enabled in ((base, None), (checkpoint, True), (off, False)):
+    checkpoint, off, self_play = (
+        OmegaConf.load(GROUPS / f"{name}.yaml") for name in ("checkpoint", "off", "self_play")
+    )
+    for one, said in (
+        (base, {}),
+        (checkpoint, {"enabled": True}),
+        (off, {"enabled": False}),
+        (self_play, {"enabled": True, "self_play.snapshot_interval": 50}),
+    ):
         assert list(one) == list(checkpoint)
-        assert list(one.checkpoint_npc) == list(checkpoint.checkpoint_npc)
-        assert one.enabled is enabled
         # Every default is null, so that "the user said so" can be told from "nobody did".
-        assert all(value is None for name, value in one.items() if name not in ("enabled", "checkpoint_npc"))
-        assert all(value is None for value in one.checkpoint_npc.values())
+        values = {name: value for name, value in flat(one).items() if value is not None}
+        assert values == said
+        assert list(flat(one)) == list(flat(checkpoint))
+
+
+def flat(node: Any) -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, value in node.items():
+        nested = {f"{name}.{key}": one for key, one in flat(value).items()} if isinstance(value, DictConfig) else {}
+        leaves |= nested or {name: value}
+    return leaves
 
 
 def test_hydra_writes_into_the_run_directory_alone() -> None:

@@ -10,10 +10,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from dual_policy_plugin import config_loading
+from dual_policy_plugin import config_dual_policy
 from dual_policy_plugin.composition import CONFIG_DIR
 from dual_policy_plugin.config import Config, EvalsConfig, PolicySource, TrainerConfig, WandbConfig
-from dual_policy_plugin.config_loading import known_keys, load_config, load_dual_policy, nearest_key, read_hourly_cost
+from dual_policy_plugin.config_dual_policy import load_dual_policy
+from dual_policy_plugin.config_loading import known_keys, load_config, read_hourly_cost
+from dual_policy_plugin.config_nodes import nearest_key
 from dual_policy_plugin.errors import ConfigError, NpcError
 
 NPC = "builtin://arena/weak"
@@ -24,7 +26,7 @@ ON = ["+dual_policy=checkpoint", f"{DP}.checkpoint_npc.uri={NPC}"]
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("METTA_HOURLY_COST", raising=False)
-    config_loading._warn_older.cache_clear()
+    config_dual_policy._warn_older.cache_clear()
 
 
 def load(*overrides: str) -> Config:
@@ -61,9 +63,9 @@ def test_trainer_yaml_lists_every_key_of_the_dataclasses() -> None:
     node = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "trainer" / "trainer.yaml"))
     assert isinstance(node, dict)
     assert list(node) == [*(f.name for f in dataclasses.fields(TrainerConfig))]
-    older = [old for olds in config_loading.OLDER_SPELLINGS.values() for old in olds]
-    assert sorted(set(node["dual_policy"]) - set(older)) == sorted(config_loading.DUAL_POLICY_KEYS)
-    assert sorted(set(node["dual_policy"]["checkpoint_npc"]) - set(older)) == sorted(config_loading.SOURCE_KEYS)
+    older = [old for olds in config_dual_policy.OLDER_SPELLINGS.values() for old in olds]
+    assert sorted(set(node["dual_policy"]) - set(older)) == sorted(config_dual_policy.DUAL_POLICY_KEYS)
+    assert sorted(set(node["dual_policy"]["checkpoint_npc"]) - set(older)) == sorted(config_dual_policy.SOURCE_KEYS)
     assert sorted(set(node["initial_policy"]) - set(node["dual_policy"]["checkpoint_npc"])) == ["keep_optimizer"]
 
 
@@ -145,8 +147,9 @@ def test_a_fraction_that_cannot_be_is_refused(pct: str) -> None:
         ([f"{DP}.checkpoint_npc.metric=reward"], ["checkpoint_npc.metric=reward", "use type=top"]),
         ([f"+{DP}.checkpoint_npc.filters.a=[1]"], ["checkpoint_npc.filters.a=[1]", "the value it must have"]),
         ([f"{DP}.checkpoint_npc.name=a/b"], ["checkpoint_npc.name='a/b'", "64 letters, digits"]),
-        ([f"{DP}.pool=[{{uri:x}}]"], ["pool=[{'uri': 'x'}]", "not in this version yet"]),
-        ([f"{DP}.matchmaking=pfsp"], ["matchmaking='pfsp'", "not in this version yet"]),
+        ([f"{DP}.pool=[{{ur:x}}]"], [f"{DP}.pool[0].ur", "did you mean", "uri"]),
+        ([f"{DP}.pool=[{{name:x}}]"], [f"{DP}.pool[0].name='x'", "set trainer.dual_policy.pool[0].uri too"]),
+        ([f"{DP}.matchmaking=elo"], [f"{DP}.matchmaking=elo", "uniform, weights, latest_biased, pfsp or adaptive"]),
         ([f"{DP}.lock=[a]"], ["lock=['a']", "a path"]),
         ([f"{DP}.checkpoint_npc.act=best"], ["act='best'", "sample or greedy"]),
         ([f"{DP}.npc_type=robot"], ["npc_type='robot'", "checkpoint or scripted"]),
@@ -162,7 +165,7 @@ def test_a_fraction_that_cannot_be_is_refused(pct: str) -> None:
         ([f"+{DP}.training_agent_pct=1"], [f"did you mean {DP}.training_agents_pct?"]),
         (["+trainer.horizn=1"], ["trainer.horizn", "did you mean trainer.horizon?"]),
         (["+horizon=1"], ["horizon", "did you mean trainer.horizon?"]),
-        (["+evals.zzz=1"], ["evals.zzz", "in evals there are episodes, opponents"]),
+        (["+evals.zzz=1"], ["evals.zzz", "in evals there are episodes, held_out, opponents"]),
         (["cmd=evaluate"], ["cmd='evaluate'", "cmd: train"]),
         (["cmd=demo"], ["cmd='demo'", "dual-policy demo"]),
         (["trainer.horizon=abc"], ["trainer.horizon='abc'", "a whole number"]),
@@ -257,7 +260,7 @@ def test_hourly_cost(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_node_alone_loads_for_a_foreign_app() -> None:
-    node = OmegaConf.load(Path(config_loading.__file__).parent / "conf" / "dual_policy" / "checkpoint.yaml")
+    node = OmegaConf.load(Path(config_dual_policy.__file__).parent / "conf" / "dual_policy" / "checkpoint.yaml")
     node.checkpoint_npc.uri = NPC
     config = load_dual_policy(node)  # type: ignore[arg-type]
     assert (config.enabled, config.npc, config.training_agents_pct) == (True, PolicySource(uri=NPC), 0.5)

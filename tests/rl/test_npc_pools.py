@@ -23,7 +23,7 @@ from dual_policy_plugin.config import (
     PolicySource,
     TrainerConfig,
 )
-from dual_policy_plugin.config_loading import load_dual_policy
+from dual_policy_plugin.config_dual_policy import load_dual_policy
 from dual_policy_plugin.envs.build import make_env
 from dual_policy_plugin.errors import DigestError, NpcError, NpcNotFoundError
 from dual_policy_plugin.npc.resolver import resolve
