@@ -29,7 +29,7 @@ class Cast:
     def __init__(self, npcs: list[Npc], split: Assignment, num_envs: int, device: torch.device) -> None:
         self.npcs = npcs
         num_npcs = max(1, len(npcs))
-        self.npc_of_env = torch.arange(num_envs, device=device) % num_npcs
+        self.npc_of_env = (2 * torch.arange(num_envs, device=device) + 1) * num_npcs // (2 * num_envs)  # even shares
         self.probabilities = torch.full((num_npcs,), 1.0 / num_npcs, device=device)
         is_learner = torch.zeros(split.num_agents, dtype=torch.bool, device=device)
         is_learner[list(split.learner_seats)] = True

@@ -19,8 +19,9 @@ import torch
 
 from dual_policy_plugin.checkpoint import decode_policy, encode_policy
 from dual_policy_plugin.config import Config, DualPolicyConfig, EnvConfig, EvalsConfig, PolicySource, TrainerConfig
-from dual_policy_plugin.evaluate import evaluate_checkpoint
+from dual_policy_plugin.evaluate import cross_play
 from dual_policy_plugin.files import publish
+from dual_policy_plugin.npc.resolver import resolve
 from dual_policy_plugin.train import train
 
 OUT = Path(__file__).parents[1] / "dual_policy_plugin" / "builtin" / "arena"
@@ -80,17 +81,12 @@ def measure(out: Path, episodes: int) -> None:
     """Plays every pair, both seatings, and prints the table."""
     policies = {name: str(out / f"{name}.safetensors") for name in ("weak", "medium", "strong")}
     policies |= {name: f"builtin://arena/{name}" for name in SCRIPTS}
+    pinned = [resolve(uri, name=name) for name, uri in policies.items()]
+    result = cross_play(pinned, Config(), episodes=episodes, seed=1, device=torch.device("cpu"))
     print("| policy | against | win rate | 95 % interval | episodes |\n|---|---|---|---|---|")
-    for one, other in combinations(policies, 2):
-        config = Config(
-            evals=EvalsConfig(episodes=episodes),
-            trainer=TrainerConfig(dual_policy=DualPolicyConfig(enabled=True, npc=PolicySource(uri=policies[one]))),
-        )
-        result = evaluate_checkpoint(policies[other], config, device=torch.device("cpu"))[0]
-        print(
-            f"| {other} | {one} | {result.win_rate:.3f} | {result.low:.3f} to {result.high:.3f} | {result.episodes} |",
-            flush=True,
-        )
+    for i, j in combinations(range(len(pinned)), 2):
+        rate, low, high = (float(table[j][i]) for table in (result.win_rate, result.low, result.high))
+        print(f"| {result.names[j]} | {result.names[i]} | {rate:.3f} | {low:.3f} to {high:.3f} | {result.episodes} |")
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.config import Config
 from dual_policy_plugin.errors import ConfigError
-from dual_policy_plugin.evaluate import evaluate_checkpoint
+from dual_policy_plugin.evaluate import SEED_OFFSET, evaluate_pinned
+from dual_policy_plugin.npc.resolver import resolve
 from dual_policy_plugin.parts import choose_device
 from dual_policy_plugin.train import train
 
@@ -35,7 +36,14 @@ def demo(seed: int | None, train_dir: Path, overrides: Sequence[str] = ()) -> in
     took = time.perf_counter() - started
     path = config.train_dir / config.run
     fresh = path / "checkpoints" / "model_0000.safetensors"
-    before = evaluate_checkpoint(str(fresh), config, device=choose_device(config.device))[0]
+    before = evaluate_pinned(
+        resolve(str(fresh)),
+        [resolve(opponent)],
+        config,
+        episodes=config.evals.episodes,
+        seed=config.seed + SEED_OFFSET,  # the games of the evaluation after training
+        device=choose_device(config.device),
+    )[0]
     after = result["evals"][0]
     print(
         f"demo: win rate vs {opponent} {before.win_rate:.2f} -> {after['win_rate']:.2f} "
@@ -46,12 +54,12 @@ def demo(seed: int | None, train_dir: Path, overrides: Sequence[str] = ()) -> in
 
 
 def _opponent(config: Config) -> str:
-    """The URI of whom the learner is measured against: the first of evals.opponents, else the NPC."""
-    npc = config.trainer.dual_policy.npc
+    """The URI of whom the learner is measured against: the first of evals.opponents, else the first NPC."""
+    npcs = config.trainer.dual_policy.sources
     if config.evals.episodes == 0:
         raise ConfigError("evals.episodes=0 leaves the demo nothing to measure; use at least 1")
-    if npc is None:
+    if not npcs:
         raise ConfigError(
             "the demo measures a learner against an NPC, and none plays; leave trainer.dual_policy as it is"
         )
-    return config.evals.opponents[0] if config.evals.opponents else npc.uri
+    return config.evals.opponents[0] if config.evals.opponents else npcs[0].uri

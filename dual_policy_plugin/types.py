@@ -66,6 +66,8 @@ class EnvSpec:
     """Whether a seat may be empty for a while (agents that die or join)."""
     counters: tuple[str, ...] = ()
     """Names of the env's own counters per agent and episode (hearts, ...)."""
+    roles: tuple[str, ...] = ()
+    """The role of each seat; only seats of one role can be swapped without changing the game. Empty: all are equal."""
 
 
 @dataclass(slots=True)

@@ -1,10 +1,10 @@
-"""What the subcommands share: words from the command line in, a table of text out."""
+"""What the subcommands share: which of them is meant, and words from the command line."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NoReturn, TypeVar
 
 from dual_policy_plugin.errors import ConfigError
@@ -28,8 +28,9 @@ def choose_command(
     """
     if not words or words[0] in ("-h", "--help", "help"):
         print(f"usage: {program} COMMAND [...]\n\ncommands:")
+        width = max(8, *map(len, commands))
         for name, (_, summary) in commands.items():
-            print(f"  {name:8} {summary}")
+            print(f"  {name:{width}} {summary}")
         print(f"\n`{program} COMMAND --help` says more.{note}")
         return None
     name = words[0]
@@ -52,18 +53,3 @@ def parse_words(
 
     parser.error = fail  # type: ignore[method-assign]
     return parser.parse_intermixed_args(words) if is_mixed else parser.parse_args(words)
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lines of aligned columns, two spaces apart; nothing is cut off, so that a URI can be copied.
-
-    What would move a terminal's cursor is written out: names and metadata come from other people.
-    """
-    lines = [[printable(cell) for cell in line] for line in (header, *rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-def printable(text: str) -> str:
-    """`text` with an escape in place of every character that cannot be seen."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

@@ -65,9 +65,11 @@ STATE_NAMES = (
 )  # fmt: skip
 
 
-def make_arena(num_envs: int, args: dict[str, Any], device: torch.device | str, first_env: int = 0) -> Arena:
+def make_arena(
+    num_envs: int, args: dict[str, Any], device: torch.device | str, env_numbers: Sequence[int] | None = None
+) -> Arena:
     """Returns an arena of num_envs copies; args are the config's `env` keys of the arena, checked."""
-    return Arena(parse_arena_args(args), num_envs, device, first_env=first_env)
+    return Arena(parse_arena_args(args), num_envs, device, env_numbers=env_numbers)
 
 
 class Arena:
@@ -91,7 +93,7 @@ class Arena:
         num_envs: int,
         device: torch.device | str = "cpu",
         *,
-        first_env: int = 0,
+        env_numbers: Sequence[int] | None = None,
         seat_keys: Sequence[int] | None = None,
     ) -> None:
         """Allocates everything; `reset` must follow.
@@ -100,11 +102,12 @@ class Arena:
             config: the settings.
             num_envs: how many envs, 1 to 65,536.
             device: where the state lives.
-            first_env: global number of the first env (several ranks share one numbering); part of every draw.
+            env_numbers: the global number of each env (several ranks share one numbering), part of every draw: envs of
+                one number play one episode, given equal actions. None: 0, 1, 2, ...
             seat_keys: distinct ints that tell the seats' draws apart; default 0, 1, 2, ...
         """
         check_range("env.num_envs", num_envs, 1, 65536)
-        self.config, self.first_env, self.device = config, first_env, torch.device(device)
+        self.config, self.device = config, torch.device(device)
         self.spec = EnvSpec(
             name="arena",
             num_envs=num_envs,
@@ -119,6 +122,9 @@ class Arena:
         self.drawer = MapDrawer(config, self.seat_keys)
         self._fixed_shapes = self.device.type != "cpu"
         self._allocate_state(num_envs, config.num_agents, self.drawer.num_cells)
+        numbers = range(num_envs) if env_numbers is None else env_numbers
+        assert len(numbers) == num_envs, "a number for every env"
+        self.env_numbers = torch.tensor(list(numbers), dtype=torch.int64, device=self.device)  # (E,) global
         self._make_tables(num_envs, self.drawer.num_cells, self.drawer.stride)
 
     def _allocate_state(self, num_envs: int, num_agents: int, num_cells: int) -> None:
@@ -160,7 +166,6 @@ class Arena:
 
         config = self.config
         env = torch.arange(num_envs, device=self.device)
-        self.env_numbers = env + self.first_env  # (E,) global
         self.cell_base = (env * num_cells)[:, None]  # (E, 1)
         self.teams = team = table(team_of_seat(config.teams, config.num_agents), torch.int64)  # (A,)
         # What leads from a position to the same cell of the own team's view, and of the other team's.

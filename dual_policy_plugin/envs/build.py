@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -38,6 +38,7 @@ def make_env(
     device: torch.device | str,
     num_workers: int,
     first_env: int = 0,
+    env_numbers: Sequence[int] | None = None,
     make_host: Callable[..., Any] | None = None,
 ) -> VecEnv:
     """The env that the config names, with `config.num_envs` copies.
@@ -47,6 +48,7 @@ def make_env(
         device: where the training's tensors are.
         num_workers: processes of a foreign env; the arena has none.
         first_env: number of the first env here, for seeds: several ranks share one numbering.
+        env_numbers: the numbers of all envs instead; those that are equal play equal episodes.
         make_host: a user's own `make(index, **args)` at the top of a module; then `config.name` is just its name.
 
     Raises:
@@ -54,11 +56,12 @@ def make_env(
         EnvError: a package is missing, or the env could not be made.
     """
     args = {key: value for key, value in config.args.items() if value is not None}
+    numbers = range(first_env, first_env + config.num_envs) if env_numbers is None else env_numbers
     if config.name == "arena" and make_host is None:
         from dual_policy_plugin.envs.arena import make_arena
 
         log.debug("trainer.num_workers=%d is not used by env.name=arena, which runs on %s", num_workers, device)
-        return make_arena(config.num_envs, args, device, first_env=first_env)
+        return make_arena(config.num_envs, args, device, env_numbers=numbers)
     name = config.name
     if make_host is None and name in FOREIGN:
         make, accepts, check_args = FOREIGN[name]
@@ -72,7 +75,7 @@ def make_env(
     from dual_policy_plugin.envs.workers import WorkerVecEnv
 
     return WorkerVecEnv(
-        make, args, name=name, num_envs=config.num_envs, num_workers=num_workers, device=device, first_env=first_env
+        make, args, name=name, num_envs=config.num_envs, num_workers=num_workers, device=device, env_numbers=numbers
     )
 
 

@@ -21,7 +21,7 @@ import socket
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -96,12 +96,11 @@ class Crew:
         args: dict[str, Any],
         *,
         name: str,
-        num_envs: int,
+        env_numbers: Sequence[int],
         num_workers: int,
-        first_env: int,
     ) -> None:
         """Starts the workers and builds all envs; arguments as for `WorkerVecEnv`."""
-        target = target_of(make)
+        target, num_envs = target_of(make), len(env_numbers)
         self.halves = split_envs(num_envs, num_workers)
         self._name = name
         self._workers: list[_Worker] = []
@@ -112,10 +111,12 @@ class Crew:
         self._finalizer = weakref.finalize(self, _stop, self._workers, self._endings, lifeline_end, os.getpid())
         try:
             try:
-                setup = {"target": target, "args": args, "name": name, "num_envs": num_envs, "first_env": first_env}
+                setup = {"target": target, "args": args, "name": name, "num_envs": num_envs}
+                setup["first_index"] = env_numbers[0]
                 for halves in self.halves:
                     self._workers.append(_start_worker(memory_fd, lifeline))
-                    self._send_setup(setup | {"halves": halves})
+                    numbers = [env_numbers[start:end] for start, end in halves]
+                    self._send_setup(setup | {"halves": halves, "env_numbers": numbers})
             finally:
                 os.close(lifeline)
             self.spec = self._agreed_spec()

@@ -31,6 +31,8 @@ class HostSpec:
     """Upper bound of an episode; the runner truncates an episode that gets there."""
     has_weights: bool = False
     counters: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
+    """The role of each seat; empty: all seats are equal."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -141,6 +143,14 @@ def action_names(space: Any, names: Any, owner: str) -> tuple[str, ...]:
     if len(names) != count:
         raise ConfigError(f"{owner} names {len(names)} actions, its action space has {count}; name each action once")
     return tuple(str(name) for name in names)
+
+
+def seat_roles(roles: Any, num_agents: int, owner: str) -> tuple[str, ...]:
+    """One role per seat, as `EnvSpec.roles` has them: empty where there is no more than one."""
+    roles = tuple(str(role) for role in roles)
+    if roles and len(roles) != num_agents:
+        raise ConfigError(f"{owner} has {num_agents} agents and {len(roles)} roles; give each agent one")
+    return roles if len(set(roles)) > 1 else ()
 
 
 def vector_space(size: int, names: Any, owner: str) -> ObservationSpace:

@@ -5,8 +5,11 @@ numbers than the largest has zeros behind them. Actions are Discrete, equally ma
 has not joined leaves its seat empty: zeros for observations, weight 0, and whoever joins later starts with a zeroed
 state. An agent that leaves without a flag counts as terminated. An episode ends when no agent is left.
 
-Optional attributes of a user's env: `action_names`, `feature_names`, `max_episode_steps`, and `agents_leave = False`
-where all agents play to the end, which saves the update its weights.
+An agent's role is its name without the number behind it (adversary_0, agent_0, agent_1).
+
+Optional attributes of a user's env: `action_names`, `feature_names`, `max_episode_steps`, `roles` (of each seat; `()`
+where all are equal, whatever their names), and `agents_leave = False` where all agents play to the end, which saves the
+update its weights.
 """
 
 from __future__ import annotations
@@ -14,12 +17,21 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import re
 from typing import Any
 
 import numpy as np
 
 from dual_policy_plugin.config_checks import check
-from dual_policy_plugin.envs.host import DEFAULT_MAX_EPISODE_STEPS, HostSpec, Rows, action_names, nearest, vector_space
+from dual_policy_plugin.envs.host import (
+    DEFAULT_MAX_EPISODE_STEPS,
+    HostSpec,
+    Rows,
+    action_names,
+    nearest,
+    seat_roles,
+    vector_space,
+)
 from dual_policy_plugin.errors import ConfigError, EnvError
 
 # id -> (module with parallel_env, whether agents leave before an episode's end)
@@ -89,6 +101,7 @@ class PettingZooHost:
             actions=action_names(spaces[0], getattr(env, "action_names", None), owner),
             max_episode_steps=max_episode_steps or _max_steps(env),
             has_weights=agents_leave,
+            roles=seat_roles(_roles(env, self._agents), len(self._agents), owner),
         )
         self._is_seated = [False] * len(self._agents)
 
@@ -151,6 +164,12 @@ class PettingZooHost:
 
     def _show(self, where: Any, seat: int, observation: Any) -> None:
         where[seat, : self._sizes[seat]] = np.asarray(observation).reshape(-1)
+
+
+def _roles(env: Any, agents: list[Any]) -> list[str]:
+    """The role of each agent: as the env says, or by the agents' names."""
+    roles = getattr(env, "roles", None)
+    return [re.sub(r"_?\d+$", "", str(agent)) for agent in agents] if roles is None else list(roles)
 
 
 def _box_size(space: Any, agent: Any, owner: str) -> int:

@@ -12,8 +12,8 @@ late_reset = False: the env resets inside the step that ends an episode and show
 
 `late_reset` is known for the classes of LATE_RESET_CLASSES. Optional attributes: `masks` (which seats are taken),
 `agents_leave` = False where all play to the end, which saves the update its weights, `action_names`, `feature_names`,
-`max_episode_steps`, `dual_policy_observation_space` (an ObservationSpace; without it observations are flattened to a
-float32 vector as they are).
+`roles` (of each seat; without it all are equal), `max_episode_steps`, `dual_policy_observation_space` (an
+ObservationSpace; without it observations are flattened to a float32 vector as they are).
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from dual_policy_plugin.envs.host import DEFAULT_MAX_EPISODE_STEPS, HostSpec, Rows, action_names, vector_space
+from dual_policy_plugin.envs.host import (
+    DEFAULT_MAX_EPISODE_STEPS,
+    HostSpec,
+    Rows,
+    action_names,
+    seat_roles,
+    vector_space,
+)
 from dual_policy_plugin.errors import ConfigError, EnvError
 
 LATE_RESET_CLASSES = ("MettaGridPufferEnv", "GymnasiumPufferEnv", "PettingZooPufferEnv")
@@ -46,6 +53,7 @@ class PufferHost:
             actions=action_names(env.single_action_space, getattr(env, "action_names", None), owner),
             max_episode_steps=int(getattr(env, "max_episode_steps", DEFAULT_MAX_EPISODE_STEPS)),
             has_weights=bool(getattr(env, "agents_leave", self._late_reset or hasattr(env, "masks"))),
+            roles=seat_roles(getattr(env, "roles", ()), int(env.num_agents), owner),
         )
         self._is_out = np.zeros(self.spec.num_agents, bool)  # done before the others (late_reset only)
         self._is_seated = np.ones(self.spec.num_agents, bool)  # acts in the coming step

@@ -101,7 +101,7 @@ def make_hosts(setup: dict[str, Any]) -> list[Host]:
     """This worker's hosts, whose spaces must be equal."""
     make = load_target(setup["target"])
     hosts: list[Host] = []
-    indices = [setup["first_env"] + env for envs in setup["halves"] for env in range(*envs)]
+    indices = [setup["first_index"] + env for envs in setup["halves"] for env in range(*envs)]
     for index in indices:
         hosts.append(as_host(make(index, **setup["args"]), setup["name"]))
         if hosts[-1].spec != hosts[0].spec:
@@ -124,8 +124,11 @@ def serve(connection: socket.socket, memory_fd: int) -> None:
     os.close(memory_fd)
     unused = iter(hosts)
     halves = [
-        {env: EpisodeRunner(next(unused), rows_of(arrays, env), setup["first_env"] + env) for env in range(*envs)}
-        for envs in setup["halves"]
+        {
+            env: EpisodeRunner(next(unused), rows_of(arrays, env), number)
+            for env, number in zip(range(*envs), numbers, strict=True)
+        }
+        for envs, numbers in zip(setup["halves"], setup["env_numbers"], strict=True)
     ]
     steps = {command: [runner for i in which for runner in halves[i].values()] for which, command in STEP.items()}
     while (command := connection.recv(1)) not in (QUIT, b""):

@@ -12,7 +12,7 @@ import copy
 import logging
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,7 +47,7 @@ class WorkerVecEnv:
         num_envs: int,
         num_workers: int,
         device: torch.device | str = "cpu",
-        first_env: int = 0,
+        env_numbers: Sequence[int] | None = None,
     ) -> None:
         """Starts the workers and builds all envs.
 
@@ -58,10 +58,13 @@ class WorkerVecEnv:
             num_envs: how many envs.
             num_workers: how many processes; never more than envs.
             device: where observations are wanted and StepResult's tensors live.
-            first_env: number of the first env here; seeds and `index` count from it.
+            env_numbers: of each env, for its seeds; equal numbers play equal episodes. None: 0, 1, 2, ... The `index`
+                of an env counts from the first number, so that no two here share one.
         """
         num_workers = min(num_workers, num_envs)
-        self._crew = Crew(make, args, name=name, num_envs=num_envs, num_workers=num_workers, first_env=first_env)
+        numbers = list(range(num_envs)) if env_numbers is None else list(env_numbers)
+        assert len(numbers) == num_envs, "a number for every env"
+        self._crew = Crew(make, args, name=name, env_numbers=numbers, num_workers=num_workers)
         self.spec = _env_spec(self._crew.spec, name, num_envs)
         self._shared = {key: torch.from_numpy(array) for key, array in self._crew.arrays.items()}
         self._local = self._shared
@@ -198,4 +201,5 @@ def _env_spec(host: HostSpec, name: str, num_envs: int) -> EnvSpec:
         has_truncation=True,
         has_weights=host.has_weights,
         counters=host.counters,
+        roles=host.roles,
     )

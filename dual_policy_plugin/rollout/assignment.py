@@ -38,11 +38,6 @@ class Assignment:
         """NPC agents per env."""
         return self.num_agents - len(self.learner_seats)
 
-    def mirrored(self) -> Assignment:
-        """The same split with the seats counted from the other end."""
-        seats = tuple(sorted(self.num_agents - 1 - seat for seat in self.learner_seats))
-        return Assignment(num_agents=self.num_agents, learner_seats=seats)
-
 
 def assign(num_agents: int, pct: float, layout: str | list[int] = "first") -> Assignment:
     """Splits the seats of an env between learner and NPC.

@@ -35,7 +35,7 @@ def choose_play(
     if experience.obs.device.type != "cuda":
         return plain, "plain torch"
     num_npcs = len(mixed.pool.npcs) if mixed.pool is not None else 0
-    cost = f"; each of the {num_npcs} NPCs forwards all NPC rows" if num_npcs > 1 else ""
+    cost = f"; each of the {num_npcs} slots for NPCs forwards all NPC rows" if num_npcs > 1 else ""
     if not fused:
         return plain, f"plain torch, for trainer.fused=false{cost}"
     if not isinstance(env, Arena):
@@ -43,8 +43,15 @@ def choose_play(
         return plain, f"plain torch: {where}{cost}"
     why_not = why_not_fused(env, mixed)
     if why_not:
-        return CapturedPlay(plain), f"plain torch in one CUDA graph: {why_not}{cost}"
+        return CapturedPlay(partial(_pack_and_play, mixed, plain)), f"plain torch in one CUDA graph: {why_not}{cost}"
     return CapturedPlay(FusedPlay(env, mixed, experience, metrics)), "fused kernels in one CUDA graph"
+
+
+def _pack_and_play(mixed: MixedPolicy, play: Play, numbers: RandomNumbers) -> None:
+    """Plays a rollout with what the pool's slots hold by then: a recording keeps the places of packed weights."""
+    if mixed.pool is not None:
+        mixed.pool.pack()
+    play(numbers)
 
 
 class CapturedPlay:

@@ -16,6 +16,21 @@ from dual_policy_plugin.rollout.assignment import Assignment
 from dual_policy_plugin.types import EnvSpec, StepResult
 
 
+def win_shares(sums: Tensor, num_first: int | Tensor, num_second: int | Tensor) -> Tensor:
+    """Who won: 1 where the first side's mean is the greater one, 0 where the second side's is, 1/2 where they tie.
+
+    Means are compared by cross-multiplication, so that ties are exact.
+
+    Args:
+        sums: (num_envs, 2) float64, over each side's agents: of their scores where the env gives some, else returns.
+        num_first, num_second: agents of each side, or (num_envs,) of them.
+
+    Returns:
+        (num_envs,) float64.
+    """
+    return (sums[:, 0] * num_second - sums[:, 1] * num_first).sign_().add_(1.0).mul_(0.5)
+
+
 class EpisodeMetrics:
     """Sums over the episodes that ended since the last `take`.
 
@@ -79,9 +94,7 @@ class EpisodeMetrics:
         fields = self._fields  # (num_envs, num_fields)
         fields[:, 2:4] = sides = self.returns @ self._teams  # learner's and NPC's summed returns
         verdict = sides if result.scores is None else result.scores.double() @ self._teams
-        # mean_learner > mean_npc, compared by cross-multiplication so that ties are exact
-        difference = verdict[:, 0] * self.assignment.num_npc - verdict[:, 1] * self.assignment.num_learner
-        fields[:, 1] = difference.sign_().add_(1.0).mul_(0.5)  # a win is 1, a tie 1/2
+        fields[:, 1] = win_shares(verdict, self.assignment.num_learner, self.assignment.num_npc)
         if result.counters is not None and self.counters:
             fields[:, 4:] = result.counters.flatten(1).double() @ self._counter_teams
         if self.pool is None or self.num_npcs == 1:
@@ -113,6 +126,8 @@ class EpisodeMetrics:
         if self.pool is not None and self.num_npcs > 1:
             total = float(sums[:, 0].sum())
             for npc, row in zip(self.pool.npcs, sums, strict=True):
+                if not npc.name:  # an empty slot
+                    continue
                 if total > 0:
                     metrics[f"dual_policy/npc/{npc.name}/share"] = float(row[0]) / total
                 if row[0] > 0:
@@ -147,9 +162,3 @@ class EpisodeMetrics:
             if has_npc:
                 figures[f"env/npc/{name}"] = float(sums[5 + 2 * i]) / episodes / num_npc
         return figures
-
-
-def episode_counts(metrics: EpisodeMetrics) -> tuple[float, float]:
-    """(wins, episodes) so far, draws as half a win; the sums stay."""
-    total = metrics.sums.sum(dim=0).cpu()
-    return float(total[1]), float(total[0])

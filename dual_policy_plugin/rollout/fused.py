@@ -40,7 +40,8 @@ class FusedPlay:
     """Plays rollouts with the fused kernels; what lives between them is the learner's place among the stacked weights.
 
     Attributes:
-        policies: the learner's weights, packed anew at each rollout's start, then those of all NPCs.
+        policies: the learner's weights, packed anew at each rollout's start, then those of the pool's slots, which
+            writes them where it is given others.
         groups: which NPC rows form a tile; None with one NPC, whose rows need no sorting.
     """
 
@@ -61,9 +62,9 @@ class FusedPlay:
         self.tile = tile or TILE
         assert isinstance(mixed.learner, FastPolicy)
         npcs = mixed.pool.npcs if mixed.pool is not None else []
-        self.policies = StackedPolicies(mixed.learner, 1 + len(npcs))
-        for k, npc in enumerate(npcs):
-            self.policies.put(1 + k, npc.policy, is_greedy=npc.is_greedy)
+        self.policies = (
+            StackedPolicies(mixed.learner, 1) if mixed.pool is None else mixed.pool.stack_behind(mixed.learner)
+        )
         self.groups: RowGroups | None = None
         if len(npcs) > 1:
             self.groups = allocate_row_groups(

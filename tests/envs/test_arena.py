@@ -50,11 +50,21 @@ def test_same_seed_and_actions_give_the_same_episodes(stagger):
 def test_an_env_depends_on_its_global_number_alone():
     actions = random_actions(50, 9, 4)
     config = ArenaConfig(**SMALL)
-    whole, part = Arena(config, 9), Arena(config, 4, first_env=5)
+    whole, part = Arena(config, 9), Arena(config, 4, env_numbers=range(5, 9))
     whole.reset(1, stagger=True)
     part.reset(1, stagger=True)
     whole_history, part_history = play(whole, actions), play(part, actions[:, 5:])
     assert same([history[:, 5:] for history in whole_history], part_history)
+
+
+def test_envs_of_one_number_play_one_episode():
+    config, numbers = ArenaConfig(**SMALL), [7, 2, 7, 2]
+    actions = random_actions(50, 9, 4)
+    whole, repeated = Arena(config, 9), Arena(config, 4, env_numbers=numbers)
+    whole.reset(1)
+    repeated.reset(1)
+    whole_history, history = play(whole, actions), play(repeated, actions[:, numbers])
+    assert same([part[:, numbers] for part in whole_history], history)
 
 
 def test_no_two_envs_and_no_two_episodes_are_alike():

@@ -218,3 +218,31 @@ def test_knights_archers_zombies_empties_the_seats_of_the_dead():
         assert not rows.observations[was_empty].any()
         empty_steps += int(was_empty.sum())
     assert empty_steps > 5
+
+
+def test_an_agents_role_is_its_name_without_its_number():
+    class Cast(Walker):
+        possible_agents = ("guard_0", "guard_1", "thief2")
+
+    assert as_host(Cast(), "cast").spec.roles == ("guard", "guard", "thief")
+    Cast.roles = ()
+    assert as_host(Cast(), "cast").spec.roles == ()
+    Cast.roles = ["in", "out", "in"]
+    assert as_host(Cast(), "cast").spec.roles == ("in", "out", "in")
+    Cast.roles = ["in"]
+    with pytest.raises(ConfigError, match=r"env.name=cast has 3 agents and 1 roles; give each agent one"):
+        as_host(Cast(), "cast")
+    del Cast.roles
+    Cast.possible_agents = ("agent_0", "agent_1", "agent_2")
+    assert as_host(Cast(), "cast").spec.roles == ()
+
+
+def test_the_roles_of_a_real_env_reach_the_trainer():
+    assert make(0, id="simple_tag_v3").spec.roles == ("adversary",) * 3 + ("agent",)
+    env = make_env(
+        EnvConfig(name="pettingzoo", num_envs=1, args={"id": "simple_adversary_v3"}), device="cpu", num_workers=1
+    )
+    try:
+        assert env.spec.roles == ("adversary", "agent", "agent")
+    finally:
+        env.close()

@@ -32,9 +32,12 @@ def build():
     process, before, shared = psutil.Process(), psutil.Process().num_fds(), set(os.listdir("/dev/shm"))
     envs, env = [], None
 
-    def make(make_host, *, num_envs=4, num_workers=2, first_env=0, **args):
+    def make(make_host, *, num_envs=4, num_workers=2, first_env=0, env_numbers=None, **args):
         config = EnvConfig(name="toy", num_envs=num_envs, args=args)
-        env = make_env(config, device="cpu", num_workers=num_workers, first_env=first_env, make_host=make_host)
+        env = make_env(
+            config, device="cpu", num_workers=num_workers, first_env=first_env, env_numbers=env_numbers,
+            make_host=make_host,
+        )  # fmt: skip
         envs.append(env)
         return env
 
@@ -197,6 +200,19 @@ def test_an_envs_episodes_depend_on_its_number_alone(build):
         assert torch.equal(ours[0][4:], theirs[0])  # two rows an env
     assert len({episode_seed(1, env, episode) for env in range(50) for episode in range(50)}) == 2500
     assert all(0 <= episode_seed(2**31 - 1, env, 3) < 2**31 for env in range(50))
+
+
+def test_envs_of_one_number_play_one_episode_and_have_different_indices(build):
+    whole = record(build(make_walker, num_envs=6, max_episode_steps=5), 7)
+    repeated = build(make_walker, num_envs=5, env_numbers=[4, 2, 4, 2, 5], max_episode_steps=5)
+    for ours, theirs in zip(whole, record(repeated, 7), strict=True):
+        rows = ours[0].view(6, 2, -1)
+        assert torch.equal(rows[[4, 2, 4, 2, 5]], theirs[0].view(5, 2, -1))
+    troubled = build(make_trouble, num_envs=4, env_numbers=[2, 2, 2, 2], where=4)  # the third counts from 2
+    with pytest.raises(EnvError, match=r"(?s)the toy broke"):
+        record(troubled, 7)
+    untroubled = build(make_trouble, num_envs=2, env_numbers=[2, 2], where=4)
+    assert len(record(untroubled, 7)) == 7
 
 
 def test_a_reset_starts_all_over(build):

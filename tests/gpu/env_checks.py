@@ -134,11 +134,12 @@ def check_arena(
 ) -> None:
     """The arena's kernels and, on a GPU, its torch ops there, against its torch ops on the CPU: bit for bit."""
     generator = torch.Generator().manual_seed(1)
-    twin = Arena(config, num_envs, CPU, first_env=3)
-    others = {"kernels": Arena(config, num_envs, device, first_env=3)}
+    numbers = range(3, 3 + num_envs)
+    twin = Arena(config, num_envs, CPU, env_numbers=numbers)
+    others = {"kernels": Arena(config, num_envs, device, env_numbers=numbers)}
     others["kernels"].use_kernels = True
     if device.type != "cpu":
-        others["torch ops"] = Arena(config, num_envs, device, first_env=3)
+        others["torch ops"] = Arena(config, num_envs, device, env_numbers=numbers)
     for arena in (twin, *others.values()):
         arena.reset(5, stagger=True)
     happened = torch.zeros(4, dtype=torch.float64)

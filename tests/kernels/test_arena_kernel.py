@@ -122,7 +122,7 @@ def assert_nothing_is_rebound(arena: Arena, tensors: dict[str, Tensor]) -> None:
 
 def play_both(config: ArenaConfig, num_envs: int, num_steps: int, *, seed: int = 5) -> tuple[Arena, Counter[str]]:
     """Plays one game on both, compares after every step; gives the kernels' arena and how often what happened."""
-    twin, kernel = Arena(config, num_envs, first_env=3), Arena(config, num_envs, first_env=3)
+    twin, kernel = (Arena(config, num_envs, env_numbers=range(3, 3 + num_envs)) for _ in range(2))
     kernel.use_kernels = True
     for arena in (twin, kernel):
         start_busily(arena, seed)
@@ -185,7 +185,7 @@ def test_full_sized_maps_agree(config: ArenaConfig) -> None:
 def test_a_reset_and_a_loaded_state_go_on_with_the_kernels() -> None:
     config = ArenaConfig(**BUSY, num_agents=4, episode_steps=5)
     kernel, _ = play_both(config, 2, 4)
-    twin = Arena(config, 2, first_env=3)
+    twin = Arena(config, 2, env_numbers=[3, 4])
     twin.load_state_dict(kernel.state_dict())
     tensors = tensors_of(kernel)
     generator = torch.Generator().manual_seed(0)

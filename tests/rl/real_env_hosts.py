@@ -46,6 +46,7 @@ class Clock:
 
     possible_agents = ("left", "right")
     agents_leave = False
+    roles = ()
     action_names = ("stay", "north", "south")
 
     def __init__(self, length: int) -> None:

@@ -33,7 +33,7 @@ from dual_policy_plugin.config import (
 from dual_policy_plugin.distributed import Ranks
 from dual_policy_plugin.envs.build import make_env
 from dual_policy_plugin.errors import ConfigError
-from dual_policy_plugin.evaluation.matches import play_match
+from dual_policy_plugin.evaluation.matches import play_pairings, seatings_of
 from dual_policy_plugin.experience import allocate_experience
 from dual_policy_plugin.policies.pool import Npc
 from dual_policy_plugin.rollout.assignment import assign
@@ -239,14 +239,16 @@ def test_in_a_pettingzoo_env_the_npc_seats_go_where_their_action_says(
 
 def test_both_seatings_are_played(build: Callable[..., VecEnv]) -> None:
     recorded = Recorded(build(make_clock, length=4))
-    npc = Npc(name="south", policy=Always(recorded.spec, "south"))
-    learner = Always(recorded.spec, "north")
-    match = play_match(learner, npc, recorded, assign(2, 0.5), episodes=16, seed=1, device=CPU)
+    spec = recorded.spec
+    npcs = [Npc(name=name, policy=Always(spec, name)) for name in ("north", "south")]
+    (record,) = play_pairings(
+        npcs, [(0, 1)], lambda numbers: recorded, seatings_of(assign(2, 0.5), spec), episodes=16, seed=1,
+        max_envs=spec.num_envs, device=CPU,
+    )  # fmt: skip
     actions = torch.stack(recorded.actions)  # (4 rounds x 4 steps, 4, 2)
-    assert match.episodes == 16
-    assert actions.shape[0] == 16
-    assert (actions[:8] == torch.tensor([1, 2])).all()
-    assert (actions[8:] == torch.tensor([2, 1])).all()
+    assert (record.episodes, actions.shape[0]) == (16, 16)
+    assert (actions[:, :2] == torch.tensor([1, 2])).all()
+    assert (actions[:, 2:] == torch.tensor([2, 1])).all()
 
 
 # What the collector keeps (D13)
