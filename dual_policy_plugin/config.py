@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_policy_plugin.config_checks import check, check_range
-from dual_policy_plugin.pool_config import MatchmakingConfig, SelfPlayConfig, ShareSchedule
+from dual_policy_plugin.pool_config import MatchmakingConfig, SelfPlayConfig, ShareSchedule, check_weight
 
 SELECTOR_TYPES = ("specific", "latest", "top", "rand", "all")
 MAX_POOL = 1024
@@ -46,12 +46,7 @@ class PolicySource:
     """trainer.initial_policy only: take the optimizer's moments along, where the checkpoint's run still has them."""
 
     def __post_init__(self) -> None:
-        check(
-            self.weight is None or (math.isfinite(self.weight) and self.weight >= 0),
-            "weight",
-            self.weight,
-            "use a number of at least 0, or null",
-        )
+        check_weight("weight", self.weight)
         check_selector("", type=self.type, range=self.range, metric=self.metric, filters=self.filters, name=self.name)
 
 
@@ -101,14 +96,15 @@ class DualPolicyConfig:
         key, pct = "trainer.dual_policy.training_agents_pct", self.training_agents_pct
         check(pct != 0, key, pct, "nothing would learn; use a fraction above 0, for example 0.5")
         check(math.isfinite(pct) and 0 < pct <= 1, key, pct, "use a fraction above 0 and up to 1, for example 0.5")
-        is_listed = isinstance(self.assignment, list) and self.pct_schedule is not None
-        key = "trainer.dual_policy.assignment"
-        check(
-            not is_listed,
-            key,
-            self.assignment,
-            "a schedule changes the number of seats; use first, last or interleaved",
-        )
+        schedule = self.pct_schedule
+        if schedule is None:
+            return
+        if schedule.type == "adaptive":
+            low, high = schedule.low, schedule.high
+            right = f"an adaptive schedule begins between low={low:g} and high={high:g}, with NPCs; use such a share"
+            check(low <= pct <= high and pct < 1, key, pct, right)
+        right = "a schedule changes the number of seats; use first, last or interleaved"
+        check(isinstance(self.assignment, str), "trainer.dual_policy.assignment", self.assignment, right)
 
     @property
     def sources(self) -> list[PolicySource]:
@@ -263,3 +259,14 @@ class Config:
         check_range("seed", self.seed, 0, 2**31 - 1)
         is_inside = bool(Path(self.run).parts) and not Path(self.run).is_absolute() and ".." not in Path(self.run).parts
         check(is_inside, "run", self.run, "use the name of a folder inside train_dir, for example my_experiment")
+
+    @property
+    def policies(self) -> list[tuple[str, PolicySource]]:
+        """Every policy that the run names, with its role in the lock (see npc/lock.py)."""
+        initial = self.trainer.initial_policy
+        return [
+            *(("npc", source) for source in self.trainer.dual_policy.sources),
+            *([("initial", initial)] if initial is not None else []),
+            *(("opponent", PolicySource(uri=uri)) for uri in self.evals.opponents),
+            *(("held_out", PolicySource(uri=uri)) for uri in self.evals.held_out),
+        ]

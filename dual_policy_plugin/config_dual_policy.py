@@ -18,7 +18,15 @@ from dual_policy_plugin.config import DualPolicyConfig, PolicySource, check_sele
 from dual_policy_plugin.config_nodes import Node, build, check_keys, child, convert, to_plain
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.npc.uri import parse_uri
-from dual_policy_plugin.pool_config import MatchmakingConfig, SelfPlayConfig, ShareSchedule
+from dual_policy_plugin.pool_config import (
+    MATCHMAKING_READERS,
+    SCHEDULE_READERS,
+    MatchmakingConfig,
+    SelfPlayConfig,
+    ShareSchedule,
+    check_read,
+    check_weight,
+)
 
 DUAL_POLICY_KEY = "trainer.dual_policy"
 # The one place of older spellings: today's name -> its older names.
@@ -51,22 +59,29 @@ def load_dual_policy(cfg: DictConfig | Mapping[str, Any], key: str = DUAL_POLICY
     npc_node = rename_older(child(node, "checkpoint_npc", key), f"{key}.checkpoint_npc", "uri")
     npc = load_source(npc_node, f"{key}.checkpoint_npc", SOURCE_KEYS)
     pool = _load_pool(node.get("pool"), f"{key}.pool")
+    sources = {f"{key}.checkpoint_npc": npc, **{f"{key}.pool[{i}]": source for i, source in enumerate(pool)}}
     parts = {name: _load_node(node, name, key) for name in _NODES}
     result = build(
         DualPolicyConfig,
         {name: node.get(name) for name in _SCALARS},
         key,
-        matchmaking=_load_matchmaking(node, parts.pop("matchmaking_args"), pool, key),
+        matchmaking=_load_matchmaking(node, parts.pop("matchmaking_args"), [npc, *pool], key),
         **parts,
     )
     _check_assignment(result.assignment, f"{key}.assignment")
     if node.get("enabled") is None:
         _check_nothing_set({**node, "checkpoint_npc": npc_node}, key)
-    for source in (npc, *pool):
-        _check_npc_type(node.get("npc_type"), source, key)
-    is_alone = result.training_agents_pct == 1 and result.pct_schedule is None
-    if not result.enabled or is_alone:
-        return dataclasses.replace(result, self_play=None)
+    for place, source in sources.items():
+        _check_npc_type(node.get("npc_type"), source, key, place)
+    if not result.enabled:
+        return dataclasses.replace(result, self_play=None, pct_schedule=None)
+    if result.training_agents_pct == 1 and result.pct_schedule is None:
+        if result.self_play is not None:
+            raise ConfigError(
+                f"{key}.training_agents_pct=1.0 leaves no agent to the snapshots of {key}.self_play; "
+                "use a share below 1, for example 0.5"
+            )
+        return result
     if npc is None and not pool and result.self_play is None:
         raise ConfigError(
             f"{key}.checkpoint_npc.uri is not set, but {key}.enabled=true needs an NPC; "
@@ -99,20 +114,31 @@ def _load_node(node: Node, name: str, key: str) -> Any:
     if not said or elsewhere is not None:
         return said or None
     if cls is ShareSchedule and "type" not in said:
-        raise ConfigError(f"{key}.{name}.{next(iter(said))} is set without a type; use steps, linear or adaptive")
-    return build(cls, said, f"{key}.{name}")
+        first, value = next(iter(said.items()))
+        raise ConfigError(
+            f"{key}.{name}.{first}={value} is set without a type; set {key}.{name}.type to steps, linear or adaptive"
+        )
+    result: object = build(cls, said, f"{key}.{name}")
+    if isinstance(result, ShareSchedule):
+        check_read(f"{key}.{name}", said, SCHEDULE_READERS, f"type={result.type}")
+    return result
 
 
-def _load_matchmaking(node: Node, args: Node | None, pool: list[PolicySource], key: str) -> MatchmakingConfig:
-    """How the next NPC is chosen; by the weights where the pool has some and nobody said otherwise."""
-    weighted = any(source.weight is not None for source in pool)
+def _load_matchmaking(node: Node, args: Node | None, sources: list[PolicySource | None], key: str) -> MatchmakingConfig:
+    """How the next NPC is chosen; by the weights where an NPC has one and nobody said otherwise."""
+    weights = [source.weight for source in sources if source is not None]
+    weighted = any(weight is not None for weight in weights)
     said = node.get("matchmaking")
     if not isinstance(said, str | None):
         raise ConfigError(f"{key}.matchmaking={said!r} is not possible; use a name, and {key}.matchmaking_args")
     if weighted and said not in (None, "weights"):
-        raise ConfigError(f"{key}.matchmaking={said} does not read the pool's weights; use weights, or remove them")
+        raise ConfigError(f"{key}.matchmaking={said} does not read the NPCs' weights; use weights, or remove them")
     values = {"type": said or ("weights" if weighted else "uniform"), **(args or {})}
-    return build(MatchmakingConfig, values, f"{key}.matchmaking_args")
+    result = build(MatchmakingConfig, values, f"{key}.matchmaking_args")
+    check_read(f"{key}.matchmaking_args", args or {}, MATCHMAKING_READERS, f"matchmaking={result.type}")
+    if weights and all(weight == 0 for weight in weights):
+        raise ConfigError(f"{key}.matchmaking=weights lets no NPC play, every weight is 0; give one a weight above 0")
+    return result
 
 
 def _load_pool(listed: object, key: str) -> list[PolicySource]:
@@ -146,6 +172,8 @@ def load_source(node: Node, key: str, keys: tuple[str, ...]) -> PolicySource | N
     hints = typing.get_type_hints(PolicySource)
     selector = {n: convert(f"{key}.{n}", said[n], hints[n]) if n in said else d for n, d in SELECTOR_DEFAULTS.items()}
     check_selector(f"{key}.", **selector)
+    if "weight" in said:
+        check_weight(f"{key}.weight", convert(f"{key}.weight", said["weight"], hints["weight"]))
     return build(PolicySource, said, key)
 
 
@@ -167,12 +195,13 @@ def _leaves(node: Node, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield f"{prefix}{name}", value
 
 
-def _check_npc_type(npc_type: object, npc: PolicySource | None, key: str) -> None:
+def _check_npc_type(npc_type: object, npc: PolicySource | None, key: str, place: str) -> None:
+    """`place` is where the NPC stands."""
     if npc_type not in (None, "checkpoint", "scripted"):
         raise ConfigError(f"{key}.npc_type={npc_type!r} is not possible; use checkpoint or scripted")
     if npc_type == "scripted" and npc is not None and not npc.uri.startswith("builtin://"):
         raise ConfigError(
-            f"{key}.npc_type=scripted does not go with checkpoint_npc.uri={npc.uri}; "
+            f"{key}.npc_type=scripted does not go with {place}.uri={npc.uri}; "
             "use builtin://arena/random, builtin://arena/forager or builtin://arena/hunter"
         )
 

@@ -30,6 +30,7 @@ _TYPE_NAMES: dict[Any, str] = {
     Path: "a path",
     list[str]: "a list of texts",
     list[int]: "a list of whole numbers",
+    list[float]: "a list of numbers",
 }
 
 

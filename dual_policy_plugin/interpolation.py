@@ -19,9 +19,15 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 RESOLVER = "npc"
 _TEXT_RESOLVER = "npc_text"
-# The policies that a run pins and locks: the nodes that hold them, and the names in those; a list is taken whole.
+# The policies that a run pins and locks: the nodes that hold them, and the names in those; a list holds texts or nodes.
 _URI_NAMES = ("uri", "checkpoint_path", "policy_uri")
-_POLICY_NODES = ("trainer.dual_policy.checkpoint_npc", "trainer.initial_policy", "evals.opponents")
+_POLICY_NODES = (
+    "trainer.dual_policy.checkpoint_npc",
+    "trainer.dual_policy.pool",
+    "trainer.initial_policy",
+    "evals.opponents",
+    "evals.held_out",
+)
 _WHOLE = re.compile(rf"\$\{{{RESOLVER}:(.*)\}}", re.DOTALL)
 
 
@@ -50,19 +56,23 @@ def keep_requested(cfg: DictConfig) -> DictConfig:
     """A copy of our app's config in which `${npc:X}` as a policy's whole URI is X, for the run to pin and lock."""
     result = copy.deepcopy(cfg)
     for key in _POLICY_NODES:
-        node = OmegaConf.select(result, key)
-        if not isinstance(node, DictConfig | ListConfig):
-            continue
-        raw: Any = OmegaConf.to_container(node, resolve=False)
-        places: Sequence[Any] = (
-            [name for name in _URI_NAMES if name in raw] if isinstance(raw, dict) else range(len(raw))
-        )
-        for place in places:
-            text = raw[place]
-            match = _WHOLE.fullmatch(text) if isinstance(text, str) else None
-            if match is not None:
-                node[place] = f"${{{_TEXT_RESOLVER}:{match[1]}}}"
+        _keep_in(OmegaConf.select(result, key))
     return result
+
+
+def _keep_in(node: object) -> None:
+    """Puts the texts back in place: in the names of a node that are a URI, or in all of a list."""
+    if not isinstance(node, DictConfig | ListConfig):
+        return
+    raw: Any = OmegaConf.to_container(node, resolve=False)
+    places: Sequence[Any] = [name for name in _URI_NAMES if name in raw] if isinstance(raw, dict) else range(len(raw))
+    for place in places:
+        text = raw[place]
+        match = _WHOLE.fullmatch(text) if isinstance(text, str) else None
+        if match is not None:
+            node[place] = f"${{{_TEXT_RESOLVER}:{match[1]}}}"
+        elif isinstance(text, dict):  # an entry of a pool
+            _keep_in(node[place])
 
 
 def _one_text(*words: object) -> str:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dual_policy_plugin.config import Config, PolicySource, TrainerConfig
+from dual_policy_plugin.config import Config, TrainerConfig
 from dual_policy_plugin.distributed import Ranks
 from dual_policy_plugin.envs.build import env_bytes, make_env
 from dual_policy_plugin.errors import ConfigError
-from dual_policy_plugin.evaluate import assign_seats, opponent_sources
+from dual_policy_plugin.evaluate import assign_seats
 from dual_policy_plugin.experience import experience_bytes, scratch_bytes
 from dual_policy_plugin.learning.ppo import LOSS_NAMES, PpoSettings, PpoUpdate
 from dual_policy_plugin.memory import available_bytes, check_memory
@@ -31,9 +31,10 @@ from dual_policy_plugin.policies.build import compute_dtype
 from dual_policy_plugin.policies.learner import Learner, build_learner
 from dual_policy_plugin.policies.nets import FastPolicy
 from dual_policy_plugin.policies.npcs import Pins, Wish, load_npc, pin_policies
-from dual_policy_plugin.policies.pool import Npc
+from dual_policy_plugin.policies.pool import Npc, NpcPool, empty_slots
 from dual_policy_plugin.rollout.assignment import Assignment
 from dual_policy_plugin.rollout.episode_metrics import EpisodeMetrics
+from dual_policy_plugin.roster import Entry, Roster
 from dual_policy_plugin.seating import Seatings
 from dual_policy_plugin.share_schedule import possible_counts
 from dual_policy_plugin.types import EnvSpec, VecEnv
@@ -61,8 +62,10 @@ class Parts:
     """Whom the learner is evaluated against."""
     held_out: frozenset[str]
     """The names of those opponents that are no NPCs of this run for certain."""
+    roster: Roster | None
+    """Who is in the pool, and what the learner won against them; None without NPCs."""
     seatings: Seatings
-    """Seats, experience and rollouts for each number of learners."""
+    """Seats, experience and rollouts for each number of learners; the pool."""
     ppo: PpoUpdate
 
 
@@ -127,7 +130,11 @@ def build_parts(
         dtype=dtype,
         device=device,
     )
-    _check_fits(config, spec, assignment, [learner.policy, *(npc.policy for npc in npcs)], device)
+    num_free = dual.self_play.window + 1 if dual.self_play is not None else 0
+    all_policies = [learner.policy, *(npc.policy for npc in npcs), *[learner.policy] * num_free]
+    _check_fits(config, spec, assignment, all_policies, device)
+    slots = npcs + empty_slots(learner.policy, num_free)  # copied before the update makes its parameters views
+    roster = _begin_roster(config, wishes, pins) if slots else None
 
     # what an update and a rollout need, allocated once
     how_update = _use_kernels(env, learner.inner, device, fused=fused)
@@ -141,7 +148,8 @@ def build_parts(
         capture=fused,
     )
     stack.callback(ppo.release)
-    seatings = Seatings(config, env, assignment, learner.policy, npcs)
+    pool = NpcPool(slots, num_envs=spec.num_envs, num_npc=assignment.num_npc, device=device) if slots else None
+    seatings = Seatings(config, env, assignment, learner.policy, pool)
     seating = seatings(assignment.num_learner)
     _check_best_metric(config, seating.metrics, opponents)
     facts = {
@@ -170,6 +178,7 @@ def build_parts(
         learner=learner,
         opponents=opponents,
         held_out=held_out,
+        roster=roster,
         seatings=seatings,
         ppo=ppo,
     )
@@ -177,18 +186,30 @@ def build_parts(
 
 def _wishes(config: Config) -> list[Wish]:
     """Every policy that the config names, with what it is to the run."""
-    dual, initial = config.trainer.dual_policy, config.trainer.initial_policy
-    if dual.self_play is not None or dual.matchmaking.type != "uniform":
-        raise ConfigError("trainer.dual_policy.self_play and matchmaking are not in this version yet; set both to null")
-    wishes = [Wish(source=source, role="npc") for source in dual.sources]
-    asked = [wish.requested for wish in wishes]
+    wishes = [Wish(source=source, role=role) for role, source in config.policies]
+    asked = [wish.requested for wish in wishes if wish.role == "npc"]
     if twice := next((one for one in asked if asked.count(one) > 1), None):
         raise ConfigError(
             f"trainer.dual_policy.pool names {twice} twice; name it once, with a weight if it is to count"
         )
-    wishes += [Wish(source=initial, role="initial")] if initial is not None else []
-    wishes += [Wish(source=source, role="opponent") for source in opponent_sources(config)]
-    return wishes + [Wish(source=PolicySource(uri=uri), role="held_out") for uri in config.evals.held_out]
+    return wishes
+
+
+def _begin_roster(config: Config, wishes: list[Wish], pins: Pins) -> Roster:
+    """The roster of a new run."""
+    dual = config.trainer.dual_policy
+    npcs = [
+        Entry(
+            name=pin.name,
+            sha256=pin.sha256,
+            weight=1.0 if wish.source.weight is None else wish.source.weight,
+            born=-place if wish.source.type == "latest" else 0,  # that selector gives the newest first
+        )
+        for wish, found in zip(wishes, pins.policies, strict=True)
+        for place, pin in enumerate(found)
+        if wish.role == "npc"
+    ]
+    return Roster.begin(npcs, dual.matchmaking, dual.self_play)
 
 
 def _check_held_out(pins: Pins, wishes: list[Wish], config: Config) -> None:

@@ -5,14 +5,59 @@ The part of `trainer.dual_policy` that `matchmaking.py`, `roster.py` and `share_
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dual_policy_plugin.config_checks import check, check_range
+from dual_policy_plugin.errors import ConfigError
 
 _KEY = "trainer.dual_policy"
 MATCHMAKING = ("uniform", "weights", "latest_biased", "pfsp", "adaptive")
 PFSP_FORMS = ("squared", "variance")
 SCHEDULES = ("steps", "linear", "adaptive")
+# Which types read a setting; one that is set for another type is an error.
+MATCHMAKING_READERS: dict[str, tuple[str, ...]] = {
+    "latest_share": ("latest_biased",),
+    "form": ("pfsp",),
+    "band": ("adaptive",),
+    "min_games": ("pfsp", "adaptive"),
+    "memory": ("pfsp", "adaptive"),
+    "explore": ("pfsp", "adaptive"),
+}
+SCHEDULE_READERS: dict[str, tuple[str, ...]] = {
+    "at": ("steps",),
+    "values": ("steps",),
+    "end": ("linear",),
+    "until": ("linear",),
+    "band": ("adaptive",),
+    "low": ("adaptive",),
+    "high": ("adaptive",),
+    "min_episodes": ("adaptive",),
+}
+
+
+def check_read(key: str, said: Mapping[str, object], readers: Mapping[str, tuple[str, ...]], choice: str) -> None:
+    """Raises a ConfigError for a setting that the chosen type does not read: nothing is ignored in silence.
+
+    Args:
+        key: where the settings stand.
+        said: those that were set, by name.
+        readers: the types that read each.
+        choice: what was chosen, as `matchmaking=pfsp` or `type=steps`.
+    """
+    name, _, chosen = choice.partition("=")
+    for setting, value in said.items():
+        if setting in readers and chosen not in readers[setting]:
+            raise ConfigError(
+                f"{key}.{setting}={value} is not read by {choice}; remove it, or use {name}={_one_of(readers[setting])}"
+            )
+
+
+def check_weight(key: str, weight: float | None) -> None:
+    """Raises a ConfigError unless the weight of an NPC is a number of at least 0, or None."""
+    is_weight = weight is None or (math.isfinite(weight) and weight >= 0)
+    check(is_weight, key, weight, "use a number of at least 0, or null")
 
 
 def _check_band(key: str, band: list[float]) -> None:
@@ -31,9 +76,10 @@ class MatchmakingConfig:
     form: str = "squared"
     """pfsp: squared (hard opponents) | variance (opponents of equal strength)."""
     band: list[float] = field(default_factory=lambda: [0.4, 0.6])
-    """adaptive: [low, high] that the learner's win rate is held in."""
+    """adaptive: [low, high] that the learner's expected win rate is held in, before `explore`."""
     min_games: int = 20
-    """pfsp, adaptive: games against an NPC before its win rate counts; until then it is taken for 1/2."""
+    """pfsp, adaptive: games against an NPC before its win rate counts; until then pfsp takes it for 1/2, adaptive for
+    the middle of the band."""
     memory: int = 1000
     """pfsp, adaptive: about how many of the newest games a win rate remembers."""
     explore: float = 0.05
@@ -87,23 +133,24 @@ class ShareSchedule:
     end: float | None = None
     """linear: the share that is reached at `until`."""
     until: int | None = None
-    """linear: learner steps at which `end` is reached; None: trainer.total_timesteps."""
+    """linear: learner steps at which `end` is reached, on a straight line; None: trainer.total_timesteps."""
     band: list[float] = field(default_factory=lambda: [0.4, 0.6])
     """adaptive: above this win rate one agent fewer learns in each env, below it one more."""
     low: float = 0.0
-    """adaptive: the least share; there is always one learner."""
+    """adaptive: the least share, as seats; there is always one learner."""
     high: float = 1.0
-    """adaptive: the greatest share; there is always one NPC."""
+    """adaptive: the greatest share, as seats; there is always one NPC."""
     min_episodes: int = 200
-    """adaptive: episodes since the last change before the share may change again."""
+    """adaptive: episodes between two looks at the win rate, which is that of the episodes since the last one."""
 
     def __post_init__(self) -> None:
         key = f"{_KEY}.pct_schedule"
         check(self.type in SCHEDULES, f"{key}.type", self.type, f"use {_one_of(SCHEDULES)}")
-        shares = {f"{key}.values": self.values, f"{key}.end": [] if self.end is None else [self.end]}
-        for name, listed in shares.items():
-            for share in listed:
-                check(0 < share <= 1, name, share, "a share is above 0 and up to 1, for example 0.5")
+        shares = {f"{key}.values[{i}]": share for i, share in enumerate(self.values)}
+        if self.end is not None:
+            shares[f"{key}.end"] = self.end
+        for name, share in shares.items():
+            check(0 < share <= 1, name, share, "a share is above 0 and up to 1, for example 0.5")
         if self.type == "steps":
             is_ascending = all(a < b for a, b in zip([0, *self.at], self.at, strict=False))
             check(bool(self.at) and is_ascending, f"{key}.at", self.at, "use ascending learner steps above 0")
@@ -120,4 +167,4 @@ class ShareSchedule:
 
 
 def _one_of(names: tuple[str, ...]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"
+    return " or ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)

@@ -33,6 +33,8 @@ from dual_policy_plugin.run_state import STATE_NAME
 MAX_PUT_BYTES = 5 * 1024**3
 """The most that S3 takes in one request, and only one request can be made on the condition that the key is new."""
 _STATE_NAME = "published.json"
+_OWNER = "publisher"
+"""Of the pins of what has not arrived."""
 _CHECKPOINT = re.compile(r"model_(\d{4,})\.safetensors")
 _logger = logging.getLogger(__name__)
 
@@ -74,7 +76,6 @@ class Publisher:
 
     run: RunDirectory
     lanes: list[_Lane] = field(default_factory=list)
-    pinned: set[int] = field(default_factory=set)
 
     @classmethod
     def open(cls, run: RunDirectory, destinations: list[Destination]) -> Publisher:
@@ -84,8 +85,8 @@ class Publisher:
             RunError: a checkpoint could not be sent; so nothing is trained that nobody would get.
         """
         stored = run.load_state(_STATE_NAME)
-        state = {"arrived": {}, "pinned": []} if stored is None else json.loads(stored)
-        publisher = cls(run=run, pinned=set(state["pinned"]))
+        state = {"arrived": {}} if stored is None else json.loads(stored)
+        publisher = cls(run=run)
         for destination in destinations:
             arrived = {int(epoch): uri for epoch, uri in state["arrived"].get(destination.name, {}).items()}
             thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
@@ -108,7 +109,7 @@ class Publisher:
             if batch := [checkpoint for checkpoint in due if checkpoint.epoch not in lane.arrived]:
                 lane.under_way = lane.thread.submit(_send_all, lane.destination, batch)
         wanted = {c.epoch for c in due if any(c.epoch not in lane.arrived for lane in self.lanes)}
-        self._pin(wanted)
+        self.run.pin(_OWNER, wanted)
 
     def wait(self) -> None:
         """Waits for what is under way.
@@ -122,7 +123,7 @@ class Publisher:
                 self._note(lane)
         newest = run_epoch(self.run)
         missing = {c.epoch for c in self._due(newest) if any(c.epoch not in lane.arrived for lane in self.lanes)}
-        self._pin(missing)
+        self.run.pin(_OWNER, missing)
         errors = [lane.error for lane in self.lanes if lane.error is not None]
         if errors:
             raise RunError(f"{errors[0]}; the same command goes on and sends what is missing") from errors[0]
@@ -153,7 +154,7 @@ class Publisher:
         return [
             Checkpoint(
                 epoch=epoch,
-                path=self.run.checkpoints / f"model_{epoch:04d}.safetensors",
+                path=self.run.checkpoint_path(epoch),
                 is_best=best is not None and best[0] == epoch,
             )
             for epoch in epochs
@@ -173,14 +174,6 @@ class Publisher:
         if arrived:
             self._store()
 
-    def _pin(self, epochs: set[int]) -> None:
-        if epochs == self.pinned:
-            return
-        self.run.unpin(self.pinned - epochs)
-        self.run.pin(epochs - self.pinned)
-        self.pinned = epochs
-        self._store()
-
     def _store(self) -> None:
         stored = self.run.load_state(_STATE_NAME)
         arrived: dict[str, Any] = {} if stored is None else json.loads(stored)["arrived"]
@@ -189,8 +182,7 @@ class Publisher:
             lane.destination.name: {str(epoch): lane.arrived[epoch] for epoch in here if epoch in lane.arrived}
             for lane in self.lanes
         }
-        state = {"arrived": arrived, "pinned": sorted(self.pinned)}
-        self.run.save_state(_STATE_NAME, json.dumps(state, indent=1).encode())
+        self.run.save_state(_STATE_NAME, json.dumps({"arrived": arrived}, indent=1).encode())
 
 
 def _send_all(destination: Destination, batch: list[Checkpoint]) -> tuple[dict[int, str], RunError | None]:

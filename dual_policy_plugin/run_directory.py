@@ -66,7 +66,7 @@ class RunDirectory:
         self._lock: int | None = lock
         self._keep_checkpoints = keep_checkpoints
         self._scores: dict[int, float | None] = {}
-        self._pinned: set[int] = set()
+        self._pinned: dict[str, set[int]] = {}  # by owner
         self._read_index()
         self.is_new = self.newest_checkpoint() is None
 
@@ -115,10 +115,14 @@ class RunDirectory:
         """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
+    def checkpoint_path(self, epoch: int) -> Path:
+        """Where the checkpoint of an epoch stands, if there is one."""
+        return self.checkpoints / f"model_{epoch:04d}.safetensors"
+
     def newest_checkpoint(self) -> tuple[int, Path] | None:
         """(epoch, file) of the checkpoint with the highest number; None if there is none."""
         epochs = self._epochs()
-        return (epochs[-1], self._checkpoint_path(epochs[-1])) if epochs else None
+        return (epochs[-1], self.checkpoint_path(epochs[-1])) if epochs else None
 
     def best_checkpoint(self) -> tuple[int, float] | None:
         """(epoch, score) of the checkpoint with the highest score, the earliest of equals; None if none has a score."""
@@ -142,7 +146,7 @@ class RunDirectory:
             score: the configured metric, larger is better; None or not finite: never `best` by this one.
         """
         files.sync_file(self.path / "metrics.jsonl")
-        path = self._checkpoint_path(epoch)
+        path = self.checkpoint_path(epoch)
         is_scored = score is not None and math.isfinite(score)
         self._scores[epoch] = score if is_scored else None
         self._write_index()  # before the file: an entry without a file is dropped at the next open
@@ -154,16 +158,22 @@ class RunDirectory:
         self._apply_retention()
         return path
 
-    def pin(self, epochs: Iterable[int]) -> None:
-        """Keeps the checkpoints of `epochs` whatever retention says (a pool or a ladder uses them), also after a
-        restart."""
-        self._pinned.update(epochs)
-        self._write_index()
+    def pin(self, owner: str, epochs: Iterable[int]) -> None:
+        """Keeps the checkpoints of `epochs` whatever retention says, also after a restart; those that the owner pinned
+        before and does not name now are given back to retention, which acts at the next save.
 
-    def unpin(self, epochs: Iterable[int]) -> None:
-        """Gives the checkpoints of `epochs` back to retention, which acts at the next save."""
-        self._pinned.difference_update(epochs)
-        self._write_index()
+        Args:
+            owner: who uses them: pool, publisher.
+            epochs: of the checkpoints.
+        """
+        wanted = set(epochs)
+        if wanted != self.pinned(owner):
+            self._pinned[owner] = wanted
+            self._write_index()
+
+    def pinned(self, owner: str) -> set[int]:
+        """The epochs that an owner has pinned."""
+        return self._pinned.get(owner, set())
 
     def save_state(self, name: str, data: bytes) -> None:
         """Publishes state/<name>."""
@@ -228,9 +238,6 @@ class RunDirectory:
         """Closes the run."""
         self.close()
 
-    def _checkpoint_path(self, epoch: int) -> Path:
-        return self.checkpoints / f"model_{epoch:04d}.safetensors"
-
     def _state_path(self, name: str) -> Path:
         assert Path(name).name == name, f"{name!r} is no plain file name"
         return self.path / "state" / name
@@ -242,22 +249,23 @@ class RunDirectory:
 
     def _read_index(self) -> None:
         """Reads scores and pins, without those of checkpoints that do not exist."""
-        index = files.read_json(self.path / "state" / "checkpoints.json") or {"scores": {}, "pinned": []}
+        index = files.read_json(self.path / "state" / "checkpoints.json") or {"scores": {}, "pinned": {}}
         scores = {int(epoch): score for epoch, score in index["scores"].items()}
         self._scores = {epoch: scores.get(epoch) for epoch in self._epochs()}
-        self._pinned = set(index["pinned"])
+        self._pinned = {owner: set(epochs) for owner, epochs in index["pinned"].items()}
 
     def _write_index(self) -> None:
         scores = {str(epoch): self._scores[epoch] for epoch in sorted(self._scores)}
-        files.publish_json(self.path / "state" / "checkpoints.json", {"scores": scores, "pinned": sorted(self._pinned)})
+        pinned = {owner: sorted(epochs) for owner, epochs in sorted(self._pinned.items()) if epochs}
+        files.publish_json(self.path / "state" / "checkpoints.json", {"scores": scores, "pinned": pinned})
 
     def _apply_retention(self) -> None:
         epochs = self._epochs()
         best = self.best_checkpoint()
-        kept = {0, *epochs[-self._keep_checkpoints :], *self._pinned, *([best[0]] if best else [])}
+        kept = {0, *epochs[-self._keep_checkpoints :], *([best[0]] if best else [])}.union(*self._pinned.values())
         for epoch in epochs:
             if epoch not in kept:
-                path = self._checkpoint_path(epoch)
+                path = self.checkpoint_path(epoch)
                 try:
                     path.unlink(missing_ok=True)
                 except OSError as error:
@@ -270,7 +278,7 @@ class RunDirectory:
         for name, epoch in (("latest", newest and newest[0]), ("best", best and best[0])):
             if epoch is None:
                 continue
-            path, copy = self._checkpoint_path(epoch), self.checkpoints / f"{name}.safetensors"
+            path, copy = self.checkpoint_path(epoch), self.checkpoints / f"{name}.safetensors"
             try:
                 data = path.read_bytes()
                 is_equal = copy.exists() and copy.stat().st_size == len(data) and copy.read_bytes() == data

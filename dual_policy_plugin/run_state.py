@@ -7,7 +7,9 @@ its state (the arena) the continuation goes on inside the episodes; with others 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -54,19 +56,34 @@ class Counters:
         self.env_agent_step += env_agent_steps
 
 
-def encode_state(counters: Counters, env: VecEnv, mixed: MixedPolicy, ppo: PpoUpdate, metrics: EpisodeMetrics) -> bytes:
-    """The state between two iterations."""
+def encode_state(
+    counters: Counters,
+    env: VecEnv,
+    mixed: MixedPolicy,
+    ppo: PpoUpdate,
+    metrics: EpisodeMetrics,
+    roster: Mapping[str, Any] | None = None,
+) -> bytes:
+    """The state between two iterations; `roster` is `Roster.as_dict` of a run with NPCs."""
     tensors = _live_tensors(mixed, ppo, metrics)
     if hasattr(env, "state_dict"):
         tensors |= {f"env.{name}": tensor for name, tensor in env.state_dict().items()}
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    return bytes(safetensors.torch.save(whole, metadata={"counters": json.dumps(asdict(counters))}))
+    metadata = {"counters": json.dumps(asdict(counters)), "roster": json.dumps(roster)}
+    return bytes(safetensors.torch.save(whole, metadata=metadata))
 
 
 def read_counters(data: bytes, where: str) -> Counters:
     """How far the run of a saved state was."""
     metadata, _ = read_safetensors(data, where)
     return Counters(**json.loads(metadata["counters"]))
+
+
+def read_roster(data: bytes, where: str) -> dict[str, Any] | None:
+    """The roster of a saved state, as `encode_state` was given it."""
+    metadata, _ = read_safetensors(data, where)
+    roster: dict[str, Any] | None = json.loads(metadata["roster"])
+    return roster
 
 
 def restore_state(

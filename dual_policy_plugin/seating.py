@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from dual_policy_plugin.config import Config
 from dual_policy_plugin.experience import Experience, allocate_experience
-from dual_policy_plugin.policies.pool import Npc, NpcPool
+from dual_policy_plugin.policies.pool import NpcPool
+from dual_policy_plugin.rng import LOW_31_BITS, hash32
 from dual_policy_plugin.rollout.assignment import Assignment, seat_learners
 from dual_policy_plugin.rollout.captured import Play, choose_play
 from dual_policy_plugin.rollout.collector import start_rollouts
 from dual_policy_plugin.rollout.episode_metrics import EpisodeMetrics
 from dual_policy_plugin.rollout.mixed_policy import MixedPolicy
+from dual_policy_plugin.run_state import Counters
+from dual_policy_plugin.share_schedule import next_num_learner
 from dual_policy_plugin.types import VecEnv
 
 
@@ -42,11 +45,18 @@ class Seating:
 
 
 class Seatings:
-    """The seatings of a run, by the number of learners per env; each is made once and kept."""
+    """The seatings of a run, by the number of learners per env; each is made once and kept.
 
-    def __init__(self, config: Config, env: VecEnv, first: Assignment, learner: nn.Module, npcs: list[Npc]) -> None:
-        """Args: the run, its env, the seats it begins with, the learner in the env's spaces, the frozen policies."""
-        self._config, self._env, self._learner, self._npcs, self._first = config, env, learner, npcs, first
+    Attributes:
+        pool: the NPCs as the first seating has them; the others' pools have them in common. None where there are none.
+    """
+
+    def __init__(
+        self, config: Config, env: VecEnv, first: Assignment, learner: nn.Module, pool: NpcPool | None
+    ) -> None:
+        """Args: the run, its env, the seats it begins with, the learner in the env's spaces, the NPCs."""
+        self._config, self._env, self._learner, self._first = config, env, learner, first
+        self.pool = pool
         self._device = next(learner.parameters()).device
         self._made: dict[int, Seating] = {}
 
@@ -62,10 +72,9 @@ class Seatings:
         if num_learner != assignment.num_learner:
             assert isinstance(layout, str), "a schedule goes with a named layout only"
             assignment = seat_learners(spec.num_agents, num_learner, layout)
-        has_pool = bool(self._npcs) and assignment.num_npc > 0
-        pool = (
-            NpcPool(self._npcs, num_envs=spec.num_envs, num_npc=assignment.num_npc, device=device) if has_pool else None
-        )
+        pool = self.pool if assignment.num_npc > 0 else None
+        if pool is not None and pool.num_npc != assignment.num_npc:
+            pool = pool.with_seats(assignment.num_npc)
         mixed = MixedPolicy(self._learner, pool, assignment, spec, device)
         metrics = EpisodeMetrics(spec, assignment, pool, device, count_first=False, count_later=True)
         experience = allocate_experience(
@@ -77,3 +86,47 @@ class Seatings:
         )
         play, how = choose_play(env, mixed, experience, metrics, fused=trainer.fused)
         return Seating(assignment=assignment, mixed=mixed, metrics=metrics, experience=experience, play=play, how=how)
+
+
+def next_seating(
+    config: Config, env: VecEnv, seatings: Seatings, seating: Seating, counters: Counters, sums: Tensor
+) -> Seating:
+    """The seats of the next iteration. Where the schedule changes the share of learners, all envs start anew.
+
+    Args:
+        config: the run.
+        env: of the run.
+        seatings: those that there are.
+        seating: of this iteration.
+        counters: of the run; they keep the number of learners, and the games since a schedule last looked at them.
+        sums: the iteration's, as EpisodeMetrics has them.
+    """
+    dual = config.trainer.dual_policy
+    if dual.pct_schedule is None:
+        return seating
+    counters.share_episodes += float(sums[:, 0].sum())
+    counters.share_wins += float(sums[:, 1].sum())
+    num_learner = next_num_learner(
+        dual.pct_schedule,
+        start_pct=dual.training_agents_pct,
+        agent_step=counters.agent_step,
+        total_timesteps=config.trainer.total_timesteps,
+        num_agents=env.spec.num_agents,
+        current=seating.assignment.num_learner,
+        wins=counters.share_wins,
+        episodes=counters.share_episodes,
+    )
+    if counters.share_episodes >= dual.pct_schedule.min_episodes:  # it has looked: what comes next is judged by itself
+        counters.share_wins = counters.share_episodes = 0.0
+    if num_learner == seating.assignment.num_learner:
+        return seating
+    counters.num_learner, counters.share_wins, counters.share_episodes = num_learner, 0.0, 0.0
+    env.reset(later_seed(config, counters), stagger=True)
+    following = seatings(num_learner)
+    following.start(env)
+    return following
+
+
+def later_seed(config: Config, counters: Counters) -> int:
+    """The seed of episodes that all envs begin together, later than at the run's beginning."""
+    return int(hash32(config.seed, counters.iteration)) & LOW_31_BITS

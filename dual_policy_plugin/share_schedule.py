@@ -99,7 +99,7 @@ def possible_counts(schedule: ShareSchedule, start_pct: float, num_agents: int) 
 
 
 def _linear(schedule: ShareSchedule, start_pct: float, agent_step: int, total_timesteps: int, num_agents: int) -> int:
-    """The straight line start + (end - start) * min(1, agent_step / until), in seats; all seats only where the share is 1."""
+    """Start + (end - start) * min(1, agent_step / until), as seats; all of them only where the share is 1."""
     assert schedule.end is not None
     progress = min(Fraction(1), Fraction(agent_step, schedule.until or total_timesteps))
     share = _exact(start_pct) + (_exact(schedule.end) - _exact(start_pct)) * progress

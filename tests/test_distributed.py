@@ -116,14 +116,14 @@ import json, sys
 import torch
 import dual_policy_plugin.train as program
 share, share_counters = program.share_state, program.share_counters
-steps = []
+noted = []
 def note_counters(*args):
     counters = share_counters(*args)
-    steps.append(counters.agent_step)
+    noted.append(counters.agent_step)
     return counters
 def note(mixed, ppo, metrics, ranks):
     share(mixed, ppo, metrics, ranks)
-    state = {"flat": ppo.parameters.flat.tolist(), "adam": float(ppo.adam_state()["step"]), "steps": steps[-1]}
+    state = {"flat": ppo.parameters.flat.tolist(), "adam": float(ppo.adam_state()["step"]), "steps": noted[-1]}
     json.dump(state, open(sys.argv[1] + f"/{ranks.rank}.json", "w"))
 program.share_state, program.share_counters = note, note_counters
 """

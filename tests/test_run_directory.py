@@ -265,7 +265,10 @@ def test_retention_keeps_the_newest_the_best_the_pinned_and_epoch_0(tmp_path: Pa
     with open_run(tmp_path, keep_checkpoints=2) as run:
         for epoch in range(4):
             run.save_checkpoint(epoch, b"%d" % epoch, score=scores[epoch])
-        run.pin([3])
+        run.pin("pool", [0, 3])
+        run.pin("publisher", [2, 3])
+        run.pin("publisher", [2])  # and no longer 3, which the pool still needs
+        assert (run.pinned("pool"), run.pinned("publisher")) == ({0, 3}, {2})
     with open_run(tmp_path, keep_checkpoints=2) as run:  # scores and pins outlive the process
         for epoch in range(4, 8):
             run.save_checkpoint(epoch, b"%d" % epoch, score=scores[epoch])
@@ -273,7 +276,11 @@ def test_retention_keeps_the_newest_the_best_the_pinned_and_epoch_0(tmp_path: Pa
         assert run.best_checkpoint() == (2, 0.9)  # the earliest of equals
         assert (run.checkpoints / "best.safetensors").read_bytes() == b"2"
         assert (run.checkpoints / "latest.safetensors").read_bytes() == b"7"
-        run.unpin([3])
+        run.pin("pool", [0])
+        run.pin("publisher", [3])  # the other still needs it
+        run.save_checkpoint(7, b"7", score=0.5)
+        assert epochs(run) == [0, 2, 3, 6, 7]
+        run.pin("publisher", [])
         run.save_checkpoint(8, b"8", score=1.0)
         assert epochs(run) == [0, 7, 8]
         assert (run.checkpoints / "best.safetensors").read_bytes() == b"8"

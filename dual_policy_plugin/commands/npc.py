@@ -21,7 +21,7 @@ from pathlib import Path
 
 from dual_policy_plugin.commands import npc_facts
 from dual_policy_plugin.commands.npc_cache import run_cache
-from dual_policy_plugin.commands.words import choose_command, format_table, parse_words
+from dual_policy_plugin.commands.words import choose_command, parse_words
 from dual_policy_plugin.config import SELECTOR_TYPES, Config, PolicySource, check_selector
 from dual_policy_plugin.errors import ConfigError, NpcError, RunError
 from dual_policy_plugin.files import encode_json
@@ -36,6 +36,7 @@ from dual_policy_plugin.npc.lock import (
     write_lock,
 )
 from dual_policy_plugin.npc.resolver import request_text, resolve, resolve_all, unique_names
+from dual_policy_plugin.report.tables import format_table
 
 LOCK_NAME = "npc.lock.json"
 Answer = tuple[str, int]
@@ -140,7 +141,7 @@ def _pin_all(configs: list[Config], when: str) -> list[LockEntry]:
     """
     by_request: dict[tuple[str, str], list[LockEntry]] = {}
     for config in configs:
-        for role, source in _sources(config):
+        for role, source in config.policies:
             found = _pin(source, role, config, when)
             before = by_request.setdefault((role, found[0].requested), found)
             if [(one.uri, one.sha256) for one in before] != [(one.uri, one.sha256) for one in found]:
@@ -166,14 +167,6 @@ def _pin(source: PolicySource, role: str, config: Config, when: str) -> list[Loc
             pin_locked(offered, requested, role=role)  # stops where other bytes stand by now
             return list(known)
         return list(lock_entries(resolve_all(source, seed=config.seed), when, role=role))
-
-
-def _sources(config: Config) -> list[tuple[str, PolicySource]]:
-    """The policies that a run of this config pins, each with its role in the lock."""
-    npc, initial = config.trainer.dual_policy.npc, config.trainer.initial_policy
-    sources = [("npc", npc), ("initial", initial)]
-    opponents = [("opponent", PolicySource(uri=uri)) for uri in config.evals.opponents]
-    return [(role, source) for role, source in sources if source is not None] + opponents
 
 
 def _read_configs(words: list[str]) -> list[Config]:

@@ -13,10 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from dual_policy_plugin import matchmaking
+from dual_policy_plugin.matchmaking import Record
 from dual_policy_plugin.policies.binding import BoundPolicy
 from dual_policy_plugin.policies.nets import FastPolicy
 from dual_policy_plugin.policies.sampling import most_likely_actions, sample_actions
 from dual_policy_plugin.policies.stacked import TILE, SortedRows, StackedPolicies, sort_rows
+from dual_policy_plugin.pool_config import MatchmakingConfig
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -73,10 +76,14 @@ class NpcPool:
         if self._stack is not None:
             self._stacks.append((0, self._stack))
         self._rows: SortedRows | None = None
+        self._changing = [k for k, npc in enumerate(self.npcs) if not npc.name]
         self.npc_of_env = torch.full((num_envs,), -1, device=device)
         self.probabilities = torch.zeros(len(self.npcs), device=device)
-        if num_named := sum(npc.name != "" for npc in self.npcs):
-            self.set_probabilities([(npc.name != "") / num_named for npc in self.npcs])
+        filled = [k for k, npc in enumerate(self.npcs) if npc.name]
+        if filled:
+            equal = matchmaking.probabilities([Record()] * len(filled), [1.0] * len(filled), MatchmakingConfig())
+            shares = dict(zip(filled, equal, strict=True))
+            self.set_probabilities([shares.get(k, 0.0) for k in range(len(self.npcs))])
             self.start_episodes()
 
     def with_seats(self, num_npc: int) -> NpcPool:
@@ -94,16 +101,15 @@ class NpcPool:
         part.state = self.state[envs.start * self.num_npc : envs.stop * self.num_npc]
         return part
 
-    def set_probabilities(self, probabilities: Sequence[float]) -> None:
+    def set_probabilities(self, shares: Sequence[float]) -> None:
         """What the next NPC of an env is drawn with, by slot; 0 for one that is to play no more.
 
-        The last slot with a share above 0 takes whatever the sum leaves: no rounding ever draws a slot behind it.
+        Args:
+            shares: as `matchmaking.probabilities` rounds them: their partial sums are exact in float32, so that a slot
+                with the share 0 is never drawn.
         """
-        shares = list(probabilities)
-        playing = [k for k, share in enumerate(shares) if share > 0]
-        assert playing, "no slot has a share"
-        assert all(self.npcs[k].name for k in playing), "an empty slot has a share"
-        shares[playing[-1]] = 1.0
+        assert sum(shares) == 1.0, f"{shares} do not sum to 1"
+        assert all(npc.name for npc, share in zip(self.npcs, shares, strict=True) if share > 0), "nobody would play"
         self.probabilities.copy_(torch.tensor(shares))
 
     def start_episodes(self) -> None:
@@ -130,6 +136,7 @@ class NpcPool:
             name: of the NPC that it holds from now on.
             weights: the policy's state dict, as its checkpoint has it.
         """
+        assert k in self._changing, f"slot {k} belongs to an NPC of the config"
         assert not bool((self.npc_of_env == k).any()), f"slot {k} is still played"
         npc = self.npcs[k] = replace(self.npcs[k], name=name)
         own = self.weights(k)
@@ -166,9 +173,9 @@ class NpcPool:
         return stack
 
     def pack(self) -> None:
-        """Packs all policies anew. In a recording of a rollout it makes the replay read weights that were put since."""
-        for npc in self.npcs:
-            npc.policy.pack()  # type: ignore[operator]
+        """Packs the policies that may be put. Recorded with a rollout, it has each replay read what was put since."""
+        for k in self._changing:
+            self.npcs[k].policy.pack()  # type: ignore[operator]
 
     @torch.no_grad()
     def act(self, obs: Tensor, uniforms: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from dual_policy_plugin.envs.build import make_env
 from dual_policy_plugin.errors import DigestError, NpcError, NpcNotFoundError
 from dual_policy_plugin.npc.resolver import resolve
 from dual_policy_plugin.policies.npcs import load_npc
+from dual_policy_plugin.pool_config import MatchmakingConfig
 from dual_policy_plugin.train import train
 from tests.services.fixtures import s3_server, wandb_server  # noqa: F401
 from tests.services.s3_server import S3Server
@@ -121,6 +123,16 @@ def test_every_npc_of_a_pool_plays(tmp_path: Path, first: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "second/metrics.jsonl").read_text().splitlines()]
     for epoch in (0, 2, 4):
         assert sum(line.get(f"dual_policy/npc/first.model_{epoch:04d}/episodes", 0) for line in lines) > 0
+
+
+@pytest.mark.parametrize("type", ["latest", "all"])
+def test_the_newest_of_a_selector_is_the_latest(tmp_path: Path, first: Path, type: str) -> None:
+    source = {"uri": str(first), "type": type} | ({"range": 3} if type == "latest" else {})
+    dual = replace(against(**source), matchmaking=MatchmakingConfig(type="latest_biased", latest_share=1))
+    train(config(tmp_path, "second", dual))
+    lines = [json.loads(line) for line in (tmp_path / "second/metrics.jsonl").read_text().splitlines()]
+    played = {key for line in lines for key in line if key.startswith("dual_policy/npc/") and key.endswith("/win_rate")}
+    assert played == {"dual_policy/npc/first.model_0004/win_rate"}
 
 
 def test_training_from_a_lock_takes_its_pins(tmp_path: Path, first: Path) -> None:
