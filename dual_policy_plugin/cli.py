@@ -1,10 +1,13 @@
 """The `dual-policy` command: which subcommand runs, and how its errors reach the user.
 
-    dual-policy train [key=value ...]      a Hydra app over `configs/`; `-m` sweeps
+    dual-policy train [key=value ...]      a Hydra app over `configs/`; `-m` sweeps, `--dry-run` shows a curriculum
     dual-policy import OLD.pt NEW.safetensors
     dual-policy demo
     dual-policy npc {resolve,inspect,lock,cache} ...
     dual-policy runs                       the runs of a W&B project and what they published
+    dual-policy evaluate policies=[URI,...]
+    dual-policy gate NEW --not-weaker-than OLD
+    dual-policy curriculum status DIR      the stages, jobs and decisions of a curriculum sweep
 
 A mistake of the user ends with one line on stderr and exit code 2; a defect of ours keeps its traceback. Heavy modules
 are imported inside the functions, so that `--help` answers at once.
@@ -88,7 +91,10 @@ def run_train(words: list[str]) -> int:
 
     if "--info" not in words:  # Hydra prints it through a logger of its own
         configure_logging()
-    flags, overrides = _split_flags(words, get_args_parser())
+    is_dry = "--dry-run" in words
+    flags, overrides = _split_flags([word for word in words if word != "--dry-run"], get_args_parser())
+    if is_dry:
+        overrides += ["hydra.mode=MULTIRUN", "hydra.sweeper.dry_run=true"]
     _shown.clear()
     app = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=PRIMARY_CONFIG)(_train_job)
     try:
@@ -171,12 +177,40 @@ def run_runs(words: list[str]) -> int:
     return run(words)
 
 
+def run_curriculum(words: list[str]) -> int:
+    """`dual-policy curriculum`: how far a curriculum sweep is, and why."""
+    from dual_policy_plugin.commands.curriculum import run
+
+    return run(words)
+
+
+def run_evaluate(words: list[str]) -> int:
+    """`dual-policy evaluate`: every policy against every other, with ratings."""
+    configure_logging()
+
+    from dual_policy_plugin.commands.evaluate import run
+
+    return run(words)
+
+
+def run_gate(words: list[str]) -> int:
+    """`dual-policy gate`: exit code 0 where a policy is not weaker than another."""
+    configure_logging()
+
+    from dual_policy_plugin.commands.gate import run
+
+    return run(words)
+
+
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (run_train, "train a policy against a frozen one; takes Hydra overrides"),
     "import": (run_import, "turn a .pt state dict into a policy file"),
     "demo": (run_demo, "train against a built-in NPC for a minute and report the win rate"),
     "npc": (run_npc, "find, pin and look at policies; the cache of those that were fetched"),
     "runs": (run_runs, "list the runs of a W&B project and the URIs of what they published"),
+    "evaluate": (run_evaluate, "play policies against each other: win rates, ratings, worst cases, cycles"),
+    "gate": (run_gate, "exit code 0 where a policy is not weaker than another, by a sequential test"),
+    "curriculum": (run_curriculum, "the stages, jobs and decisions of a curriculum sweep"),
 }
 
 
@@ -221,10 +255,14 @@ def _train_job(cfg: DictConfig) -> float:
 def _load_job_config(cfg: DictConfig, job_num: int | None) -> Config:
     import dataclasses
 
+    from hydra.core.hydra_config import HydraConfig
+
     from dual_policy_plugin.composition import refuse_masked_choices
     from dual_policy_plugin.config_loading import load_config
 
     refuse_masked_choices()
+    if job_num is None and HydraConfig.get().sweeper.get("ladder") is not None:
+        raise ConfigError("hydra.sweeper.ladder is set, but one run walks through no stages; add -m")
     config = load_config(cfg)
     return config if job_num is None else dataclasses.replace(config, run=f"{config.run}/{job_num}")
 

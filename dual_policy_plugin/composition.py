@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -190,6 +191,20 @@ def _not_in_struct(match: re.Match[str], overrides: list[str], error: Exception)
     return f"{key} is not a known key; {hint}"
 
 
+def _no_sweeper_key(match: re.Match[str], overrides: list[str], error: Exception) -> str:
+    key, name = match[1], match[2]
+    names = list(ConfigStore.instance().load("hydra/sweeper/dual_policy_curriculum.yaml").node)
+    if name == "dry_run":
+        return (
+            "--dry-run shows the stages of a curriculum, and none is chosen; add +sweep=curriculum_builtin, or "
+            "hydra/sweeper=dual_policy_curriculum with hydra.sweeper.ladder=[...]"
+        )
+    if name in names:
+        return f"{key} is a key of curriculum sweeps; add hydra/sweeper=dual_policy_curriculum, or a +sweep= config"
+    near = nearest_key(f"hydra.sweeper.{name}", [f"hydra.sweeper.{one}" for one in names])
+    return f"{key} is not a known key" + (f"; did you mean {near}?" if near else f"; curricula have {', '.join(names)}")
+
+
 def _composed_keys() -> list[str]:
     """The keys of the primary config as it stands, envs' and nets' settings included."""
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
@@ -259,6 +274,7 @@ def _group_value(match: re.Match[str], overrides: list[str], error: Exception) -
 
 _MENDS: list[tuple[str, Describe]] = [
     (r"Ambiguous value for argument '(.+)'\n", _sweep),
+    (r"Could not override '(hydra\.sweeper\.(\w+)[^']*)'", _no_sweeper_key),
     (r"Could not override '([^']+)'\.\s+To append to your config", _not_in_struct),
     (r"(?:In '([^']+)': )?Could not (?:find|load) '([^']+)'", _no_such_config),
     (r"(\S+) appears more than once in the final defaults list", _listed_twice),

@@ -10,6 +10,7 @@ DualPolicyError
 │   └── SpacesError        a policy made for other observations or actions
 ├── RunError               the run directory: locked, unwritable, made by another config, disk full
 ├── DivergedError          training made a number that is not finite
+├── CurriculumStopped      a sweep ended before its last stage, as its on_fail says
 └── WandbError             Weights & Biases was asked for its runs, and
     ├── NoRunsError        has none
     ├── NoLoginError       does not know who asks, or does not let them
@@ -64,6 +65,12 @@ class DivergedError(DualPolicyError):
     """Training produced a number that is not finite; the last healthy checkpoint is intact."""
 
     exit_code = 3
+
+
+class CurriculumStopped(DualPolicyError):  # noqa: N818  (no mistake: what the user asked for where a gate stays shut)
+    """A curriculum sweep ended before its last stage; its state says why."""
+
+    exit_code = 1
 
 
 class WandbError(DualPolicyError):

@@ -8,9 +8,10 @@ import sys
 from datetime import UTC, datetime
 
 from dual_policy_plugin.commands.npc_facts import NOTHING, size
-from dual_policy_plugin.commands.words import format_table, parse_words
+from dual_policy_plugin.commands.words import parse_words
 from dual_policy_plugin.files import encode_json
 from dual_policy_plugin.npc.cache import ROOT_VARIABLE, SIZE_VARIABLE, Cache
+from dual_policy_plugin.report.tables import format_table
 
 ACTIONS = ("ls", "prune", "verify")
 

@@ -9,8 +9,9 @@ import re
 import sys
 from dataclasses import asdict
 
-from dual_policy_plugin.commands.words import format_table, parse_words
+from dual_policy_plugin.commands.words import parse_words
 from dual_policy_plugin.errors import ConfigError, NoRunsError
+from dual_policy_plugin.report.tables import format_table
 from dual_policy_plugin.wandb_runs import ORDERS, STATES, WandbRun, list_runs, wandb_defaults
 
 FORMATS = ("table", "json", "uris")
@@ -60,12 +61,7 @@ def _entity_and_project(args: argparse.Namespace) -> tuple[str | None, str]:
 
 def _format(runs: list[WandbRun]) -> str:
     rows = [(run.name, "N/A" if run.score is None else f"{run.score:.3f}", run.created, run.uri or "-") for run in runs]
-    return format_table(COLUMNS, [[_printable(cell) for cell in row] for row in rows])
-
-
-def _printable(text: str) -> str:
-    """Without control characters, which would move a terminal's cursor."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return format_table(COLUMNS, rows)
 
 
 def _parse(words: list[str]) -> argparse.Namespace:

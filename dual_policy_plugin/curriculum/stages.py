@@ -1,0 +1,301 @@
+"""A curriculum sweep from top to bottom.
+
+Request -> checked -> rungs pinned (and rated) -> [jobs of an attempt -> best of the stage -> gate -> decision]* -> the
+final policy. The state is published after every change, and nothing that it holds is done again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from dual_policy_plugin.config import Config
+from dual_policy_plugin.config_loading import load_config
+from dual_policy_plugin.curriculum import gates, ladder
+from dual_policy_plugin.curriculum.decisions import decide, next_place, starts_from
+from dual_policy_plugin.curriculum.dry_run import Train, format_plan, measure_speed
+from dual_policy_plugin.curriculum.request import (
+    SweepRequest,
+    check_request,
+    check_same,
+    check_unused,
+    job_overrides,
+    load_jobs,
+    request_record,
+)
+from dual_policy_plugin.curriculum.state import (
+    ChosenPolicy,
+    Gate,
+    Job,
+    SweepState,
+    read_state,
+    write_state,
+)
+from dual_policy_plugin.errors import CurriculumStopped, DualPolicyError, RunError
+from dual_policy_plugin.files import file_error, read_json, remove_temporary_files
+from dual_policy_plugin.npc.resolver import PinnedPolicy, hold_pinned
+from dual_policy_plugin.npc.sources.local import file_digest
+from dual_policy_plugin.run_lock import lock_run, unlock_run
+
+log = logging.getLogger(__name__)
+
+
+def run_sweep(request: SweepRequest) -> SweepState:
+    """Walks through the stages and gives the final state; the same request continues a sweep that was stopped.
+
+    Raises:
+        CurriculumStopped: a gate stayed shut, and on_fail says to end.
+        DualPolicyError: anything that is wrong, before stage 1; or all jobs of an attempt failed.
+    """
+    configs = check_request(request)
+    config, pinned = configs[0], None
+    if read_state(request.folder) is None:
+        check_unused(request.folder)
+        pinned = ladder.pin_rungs(request.settings, configs)
+    try:
+        request.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise file_error(error, request.folder, "created") from error
+    with ExitStack() as stack:
+        stack.callback(unlock_run, lock_run(request.folder, time.time()))
+        remove_temporary_files(request.folder)
+        state = _open_state(request, config, pinned)
+        stack.enter_context(hold_pinned(ladder.locked_rungs(request.folder, state.rungs)))
+        while state.status == "running":
+            _run_attempt(request, state)
+            _pass_gate(request, state, config.seed)
+    _report_end(request, state)
+    return state
+
+
+def describe_sweep(request: SweepRequest, train: Train) -> str:
+    """What a sweep would do, for a dry run; no job is started and nothing is written.
+
+    Args:
+        request: the sweep.
+        train: dual_policy_plugin.train.train, to measure how fast it is.
+
+    Raises:
+        DualPolicyError: anything that would stop the sweep before stage 1.
+    """
+    configs = check_request(request)
+    rungs = ladder.pin_rungs(request.settings, configs)
+    common = set(request.grid[0]).intersection(*request.grid)
+    names = [" ".join(word for word in overrides if word not in common) for overrides in request.grid]
+    return format_plan(
+        rungs,
+        list(zip(names, load_jobs(request), strict=True)),
+        request.settings,
+        measure_speed(configs[0], rungs[0].uri, train),
+        folder=request.folder,
+        launcher=request.launcher,
+    )
+
+
+def count_stages(request: SweepRequest, num_rungs: int) -> int:
+    """How many stages there are; with `self` the rungs come one by one."""
+    return request.settings.stages or num_rungs
+
+
+def _open_state(request: SweepRequest, config: Config, pinned: Sequence[PinnedPolicy] | None) -> SweepState:
+    """The state to go on from, a new one with all rungs, rated where the order wants it."""
+    state = read_state(request.folder)
+    if state is not None:
+        check_same(request, state)
+        ladder.locked_rungs(request.folder, state.rungs)
+        log.info("%s continues: stage %d, attempt %d", request.folder, state.stage, state.attempt)
+    elif pinned is None:
+        raise RunError(f"{request.folder} lost its state while it was opened; start again")
+    else:
+        ladder.begin_lock(request.folder, pinned)
+        state = SweepState(request=request_record(request), rungs=[ladder.as_rung(one) for one in pinned])
+        write_state(request.folder, state)
+    is_rated = len(state.rungs) < 2 or all(rung.rating is not None for rung in state.rungs)
+    if request.settings.order == "weakest_first" and not is_rated:
+        log.info("rating %d NPCs: %d episodes a pair", len(state.rungs), request.settings.rating_episodes)
+        gates.set_threads(config)
+        state.rungs = ladder.rate_rungs(
+            state.rungs,
+            ladder.locked_rungs(request.folder, state.rungs),
+            config,
+            episodes=request.settings.rating_episodes,
+            seed=gates.rating_seed(config.seed),
+            device=gates.gate_device(config),
+        )
+        write_state(request.folder, state)
+        log.info("weakest first: %s", ", ".join(f"{rung.name} {rung.rating:+.0f}" for rung in state.rungs))
+    return state
+
+
+def _run_attempt(request: SweepRequest, state: SweepState) -> None:
+    """Brings every job of the attempt to an end; jobs that have one are not launched.
+
+    Raises:
+        DualPolicyError: none of them finished.
+    """
+    jobs = _plan_jobs(request, state)
+    _collect(request, state, jobs)
+    if not any(job.status == "finished" for job in jobs):
+        for job in jobs:
+            job.status = "planned"  # all failed: what was wrong is mended by now, or they fail again
+    trouble: Exception | None = None
+    for batch in _batches([job for job in jobs if job.status == "planned"], request.settings.max_batch_size):
+        error = _launch(request, batch)
+        _collect(request, state, batch, error)
+        trouble = trouble or error
+    if not any(job.status == "finished" for job in jobs):
+        raise trouble or RunError(f"no job of {request.folder} left a result, and none says why; see its logs")
+
+
+def _plan_jobs(request: SweepRequest, state: SweepState) -> list[Job]:
+    """The jobs of the attempt, which the state knows before the first of them starts."""
+    stage, attempt = state.stage, state.attempt
+    planned = [job for job in state.of_stage(stage) if job.attempt == attempt]
+    if planned:
+        return planned
+    if len(state.rungs) < stage:  # `self`: the NPC is the policy that the sweep has come to
+        assert state.policy is not None, "a stage of `self` begins when another has ended with a policy"
+        best = ladder.pin_made(request.folder, state.policy.path, state.policy.sha256)
+        ladder.extend_lock(request.folder, best, "npc")
+        state.rungs.append(replace(ladder.as_rung(best), name=f"stage_{stage - 1}", requested="self"))
+    rung = state.rungs[stage - 1]
+    start, initial = starts_from(state, request.settings), None
+    if start is not None:
+        path = start.path if isinstance(start, ChosenPolicy) else str(start.checkpoint)
+        carried = ladder.pin_made(request.folder, path, str(start.sha256))
+        ladder.extend_lock(request.folder, carried, "initial")
+        initial = carried.uri
+    jobs = [
+        Job(
+            num=len(state.jobs) + i,
+            stage=stage,
+            attempt=attempt,
+            overrides=job_overrides(request, overrides, rung=rung, attempt=attempt, initial=initial),
+        )
+        for i, overrides in enumerate(request.grid)
+    ]
+    state.jobs += jobs
+    write_state(request.folder, state)
+    log.info(
+        "stage %d of %d, attempt %d, against %s: %d job%s from number %d on",
+        stage, count_stages(request, len(state.rungs)), attempt, rung.name, len(jobs), "s" * (len(jobs) > 1),
+        jobs[0].num,
+    )  # fmt: skip
+    return jobs
+
+
+def _launch(request: SweepRequest, batch: Sequence[Job]) -> Exception | None:
+    """Runs jobs through the launcher; gives the first error of a job, which leaves the others' results as they are.
+
+    Raises:
+        RunError: the launcher did not bring all of them to an end.
+    """
+    try:
+        returns = request.launch([job.overrides for job in batch], batch[0].num)
+    except (DualPolicyError, HydraException, OmegaConfBaseException):
+        raise  # of what the user wrote; the command line has a line for it
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise RunError(
+            f"the launcher {request.launcher} lost jobs of {request.folder}: {reason}; "
+            "the same command continues with those that have no result"
+        ) from error
+    trouble: Exception | None = None
+    for job, one in zip(batch, returns, strict=True):
+        try:
+            _ = one.return_value
+        except Exception as error:
+            log.warning("job %d failed: %s", job.num, error)
+            trouble = trouble or error
+    return trouble
+
+
+def _collect(request: SweepRequest, state: SweepState, jobs: Sequence[Job], trouble: Exception | None = None) -> None:
+    """Takes what the jobs left in their folders into the state; with `trouble` those without a result have failed."""
+    changed = False
+    for job in jobs:
+        if job.status != "planned":
+            continue
+        result = read_json(request.folder / str(job.num) / "result.json")
+        if result is None and trouble is None:
+            continue
+        changed = True
+        if result is None:
+            job.status = "failed"
+            continue
+        path = f"{job.num}/{result['checkpoint']}"
+        job.status, job.objective, job.checkpoint = "finished", result["objective"], path
+        job.sha256, job.agent_step = file_digest(request.folder / path), result["agent_step"]
+        job.elapsed_s = result["elapsed_s"]
+        log.info("job %d finished: objective %s after %d learner steps", job.num, _shown(job), job.agent_step)
+    if changed:
+        write_state(request.folder, state)
+
+
+def _batches(jobs: Sequence[Job], max_batch_size: int | None) -> Iterator[list[Job]]:
+    """Jobs with consecutive numbers, as a launcher numbers them, no more than `max_batch_size` at once."""
+    batch: list[Job] = []
+    for job in jobs:
+        if batch and (job.num != batch[-1].num + 1 or len(batch) == max_batch_size):
+            yield batch
+            batch = []
+        batch.append(job)
+    if batch:
+        yield batch
+
+
+def _pass_gate(request: SweepRequest, state: SweepState, seed: int) -> None:
+    """Evaluates the stage's best policy and writes down what follows, in one publication."""
+    settings, stage = request.settings, state.stage
+    best = state.best_job(stage)
+    assert best is not None, "an attempt ends with a finished job, or ends the sweep"
+    rungs = ladder.locked_rungs(request.folder, state.rungs[:stage])
+    policy = ladder.pin_made(request.folder, str(best.checkpoint), str(best.sha256))
+    log.info("gate of stage %d: job %d against %s", stage, best.num, rungs[-1].name)
+    config = load_config(request.compose(best.overrides))
+    verdict, forgotten = gates.play_gate(policy, rungs, config, settings, stage=stage, attempt=state.attempt, seed=seed)
+    decision, why = decide(verdict, forgotten, state, settings)
+    state.gates.append(
+        Gate(
+            stage=stage,
+            attempt=state.attempt,
+            job=best.num,
+            opponent=rungs[-1].name,
+            rule=verdict.rule,
+            promote_at=settings.promote_at,
+            win_rate=verdict.win_rate,
+            low=verdict.low,
+            high=verdict.high,
+            episodes=verdict.episodes,
+            passed=bool(verdict.passed),
+            forgotten=forgotten,
+            decision=decision,
+            why=why,
+        )
+    )
+    if decision in ("promote", "advance"):
+        state.policy = ChosenPolicy(path=str(best.checkpoint), sha256=str(best.sha256), job=best.num, stage=stage)
+    place = next_place(decision, state, count_stages(request, len(state.rungs)))
+    state.stage, state.attempt, state.demotions = place.stage, place.attempt, place.demotions
+    state.status = place.status
+    write_state(request.folder, state)
+    log.info("stage %d: %s: %s", stage, decision, why)
+
+
+def _report_end(request: SweepRequest, state: SweepState) -> None:
+    """The final policy in one line; where the sweep was stopped, the error that says why."""
+    policy = f"policy {request.folder / state.policy.path}" if state.policy else "no policy passed stage 1"
+    if state.status == "stopped":
+        last = state.gates[-1]
+        raise CurriculumStopped(f"{request.folder} stopped at stage {last.stage}: {last.why}; {policy}")
+    log.info("%s is finished: %s", request.folder, policy)
+
+
+def _shown(job: Job) -> str:
+    return "none" if job.objective is None else f"{job.objective:.3f}"

@@ -1,0 +1,250 @@
+"""Whole sweeps with real, tiny runs through the real program."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dual_policy_plugin import train as train_module
+from dual_policy_plugin.cli import main
+from dual_policy_plugin.curriculum import gates, stages
+from dual_policy_plugin.errors import RunError
+from dual_policy_plugin.npc.lock import read_lock
+from tests.curriculum.sweeps import FORAGER, RANDOM, SMALL, comparable, state_of, sweep_words
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Log handlers and level as they were."""
+    monkeypatch.delenv("LOG_LEVEL", raising=False)
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def test_a_sweep_walks_through_its_stages(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two jobs a stage; the first stage is passed, the second is tried twice and left."""
+    words = sweep_words(tmp_path, f"[{RANDOM},{FORAGER}]", "seed=3,4", "hydra.sweeper.on_fail=advance")
+    caplog.set_level(logging.INFO)
+    assert main(words) == 0
+    state = state_of(tmp_path)
+    assert [rung["uri"] for rung in state["rungs"]] == [RANDOM, FORAGER]
+    assert [(gate["stage"], gate["attempt"], gate["decision"]) for gate in state["gates"]] == [
+        (1, 1, "promote"), (2, 1, "repeat"), (2, 2, "advance"),
+    ]  # fmt: skip
+    jobs = state["jobs"]
+    assert [(job["num"], job["stage"], job["attempt"]) for job in jobs] == [
+        (0, 1, 1), (1, 1, 1), (2, 2, 1), (3, 2, 1), (4, 2, 2), (5, 2, 2),
+    ]  # fmt: skip
+    assert {job["status"] for job in jobs} == {"finished"}
+    _check_jobs(tmp_path, jobs, state)
+
+    # the best of a stage is the job with the highest objective, the first of equals
+    for gate in state["gates"]:
+        rivals = [job for job in jobs if job["stage"] == gate["stage"] and job["attempt"] <= gate["attempt"]]
+        best = max(rivals, key=lambda job: (job["objective"], -job["num"]))
+        assert gate["job"] == best["num"]
+        assert gate["episodes"] == 64
+        assert gate["passed"] == (gate["low"] > 0.2)
+    assert (state["status"], state["stage"], state["attempt"]) == ("finished", 2, 2)
+    final = jobs[state["gates"][-1]["job"]]
+    assert state["policy"] == {
+        "path": final["checkpoint"], "sha256": final["sha256"], "job": final["num"], "stage": 2,
+    }  # fmt: skip
+    assert caplog.messages[-1] == f"{tmp_path}/s is finished: policy {tmp_path}/s/{final['checkpoint']}"
+
+
+def _check_jobs(folder: Path, jobs: list[dict[str, Any]], state: dict[str, Any]) -> None:
+    """Each job has its NPC by digest, its seed, and begins with the policy that the sweep had come to."""
+    digests = {rung["uri"]: rung["sha256"] for rung in state["rungs"]}
+    starts = {1: None, 2: state["gates"][0]["job"], 3: state["gates"][1]["job"]}
+    for job in jobs:
+        path = folder / "s" / str(job["num"])
+        assert f'trainer.dual_policy.lock="{folder}/s/npc.lock.json"' in job["overrides"]
+        uri = RANDOM if job["stage"] == 1 else FORAGER
+        lock = {entry.role: entry for entry in read_lock(path / "npc.lock.json")}
+        assert (lock["npc"].uri, lock["npc"].sha256) == (uri, digests[uri])
+        start = starts[job["stage"] + job["attempt"] - 1]
+        if start is None:
+            assert "initial" not in lock
+        else:
+            assert lock["initial"].sha256 == jobs[start]["sha256"]
+        seed = 3 + job["num"] % 2 + 1000 * (job["attempt"] - 1)
+        assert re.search(rf"^seed: {seed}$", (path / "config.yaml").read_text(), re.MULTILINE)
+        result = json.loads((path / "result.json").read_text())
+        assert (result["objective"], result["agent_step"]) == (job["objective"], job["agent_step"])
+
+
+class Killed(BaseException):
+    """Stands in for the end of the process."""
+
+
+@pytest.fixture(scope="module")
+def unkilled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The final state of a sweep of two stages, the second tried twice, that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("unkilled")
+    assert main(sweep_words(folder, f"[{RANDOM},{FORAGER}]")) == 1
+    return comparable(state_of(folder), folder)
+
+
+# before which call: of 10 states (begun; planned, finished, decided, three times), 3 gates and 3 results of jobs
+KILLS = [(stages, "write_state", number) for number in (1, 2, 3, 4, 6, 7, 10)]
+KILLS += [(gates, "evaluate_pinned", number) for number in (1, 2, 3)]
+KILLS += [(train_module, "_result", number) for number in (1, 2, 3)]
+FAST = [(stages, "write_state", 3)]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "number"),
+    [
+        pytest.param(*kill, marks=[] if kill in FAST else [pytest.mark.slow], id=f"{kill[1]}-{kill[2]}")
+        for kill in KILLS
+    ],
+)
+def test_a_killed_sweep_ends_as_if_it_had_not_been(
+    tmp_path: Path, unkilled: dict[str, Any], monkeypatch: pytest.MonkeyPatch, module: Any, name: str, number: int
+) -> None:
+    words = sweep_words(tmp_path, f"[{RANDOM},{FORAGER}]")
+    real, calls = getattr(module, name), []
+
+    def kill(*args: Any, **values: Any) -> Any:
+        calls.append(name)
+        if len(calls) == number:
+            raise Killed
+        return real(*args, **values)
+
+    monkeypatch.setattr(module, name, kill)
+    with pytest.raises(Killed):
+        main(words)
+    results = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    monkeypatch.setattr(module, name, real)
+    assert main(words) == 1
+    assert comparable(state_of(tmp_path), tmp_path) == unkilled
+    assert {path: path.stat().st_mtime_ns for path in results} == results  # no finished job ran again
+
+
+def test_the_same_command_again_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = sweep_words(tmp_path, f"[{RANDOM}]", "hydra.sweeper.promote_at=0.8", "hydra.sweeper.max_attempts=1")
+    lines = []
+    for _ in range(2):
+        assert main(words) == 1
+        lines.append([line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")])
+        made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "run.lock"}
+        lines.append([str(made)])
+    assert lines[:2] == lines[2:]
+    assert re.fullmatch(
+        rf"error: {tmp_path}/s stopped at stage 1: win rate 0\.\d+ .* does not exceed promote_at=0\.8; "
+        r"1 of 1 attempts, on_fail=stop; no policy passed stage 1",
+        lines[0][0],
+    )
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = sweep_words(tmp_path, f"[{RANDOM}]", "trainer.num_minibatches=4096,2")
+    assert main(words) == 0
+    jobs = state_of(tmp_path)["jobs"]
+    assert [(job["status"], job["objective"] is None) for job in jobs] == [("failed", True), ("finished", False)]
+    assert state_of(tmp_path)["gates"][0]["job"] == 1
+    assert "error: job 0" in capsys.readouterr().err
+
+
+def test_where_all_jobs_fail_the_sweep_ends_with_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = sweep_words(tmp_path, f"[{RANDOM}]", "seed=1,2", "hydra.sweeper.max_batch_size=1")
+    real = train_module.build_parts
+
+    def broken(*args: Any, **values: Any) -> Any:
+        raise RunError("the disk is full; free some")
+
+    monkeypatch.setattr(train_module, "build_parts", broken)
+    assert main(words) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2  # each job's own line
+    assert all("the disk is full" in line for line in errors)
+    state = state_of(tmp_path)
+    assert ([job["status"] for job in state["jobs"]], state["gates"]) == (["failed", "failed"], [])
+
+    monkeypatch.setattr(train_module, "build_parts", real)  # mended: the same command tries them again
+    assert main(words) == 0
+    assert [job["status"] for job in state_of(tmp_path)["jobs"]] == ["finished", "finished"]
+
+
+def test_self_play_over_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = sweep_words(tmp_path, "self", "hydra.sweeper.stages=2", f"hydra.sweeper.start={RANDOM}")
+    words += ["hydra.sweeper.carry=nothing"]
+    assert main(words) == 0
+    state = state_of(tmp_path)
+    first, second = state["jobs"]
+    assert [(rung["name"], rung["sha256"]) for rung in state["rungs"]] == [
+        ("random", state["rungs"][0]["sha256"]), ("stage_1", first["sha256"]),
+    ]  # fmt: skip
+    assert state["rungs"][1]["uri"] == f"file://{tmp_path}/s/{first['checkpoint']}"
+    (entry,) = read_lock(tmp_path / "s/1/npc.lock.json")  # carry=nothing: no policy to start from
+    assert entry.sha256 == first["sha256"]
+    assert not any("initial_policy" in word for word in second["overrides"])
+    assert [one["opponent"] for one in state["gates"][1]["forgotten"]] == ["random"]
+
+    checkpoint = tmp_path / "s" / first["checkpoint"]  # the same command notices that an NPC has changed
+    checkpoint.write_bytes((tmp_path / "s" / second["checkpoint"]).read_bytes())
+    capsys.readouterr()
+    assert main(words) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert str(checkpoint) in line
+    assert "bring the pinned file back" in line
+
+
+@pytest.mark.slow
+def test_weakest_first_orders_by_games(tmp_path: Path) -> None:
+    words = sweep_words(
+        tmp_path, f"[{FORAGER},{RANDOM}]", "hydra.sweeper.order=weakest_first", "hydra.sweeper.rating_episodes=32",
+        "hydra.sweeper.max_attempts=1", "env.episode_steps=64",
+    )  # fmt: skip
+    assert main(words) == 1
+    random, forager = state_of(tmp_path)["rungs"]
+    assert (random["name"], forager["name"]) == ("random", "forager")
+    assert random["rating"] == 0  # the anchor
+    assert 0 < forager["low"] < forager["rating"] < forager["high"]
+    assert state_of(tmp_path)["gates"][0]["opponent"] == "random"
+
+
+@pytest.mark.slow
+def test_a_folder_may_be_a_ladder(tmp_path: Path) -> None:
+    old = [f"train_dir={tmp_path}", "run=old", "trainer.total_timesteps=600", "trainer.checkpoint_interval=1"]
+    assert main(["train", *SMALL, *old]) == 0
+    words = sweep_words(tmp_path, f"{{uri: {tmp_path}/old, type: all}}", "hydra.sweeper.promote_at=0.01")
+    assert main(words) == 0
+    state = state_of(tmp_path)
+    assert [Path(rung["uri"]).name for rung in state["rungs"]] == [
+        f"model_000{epoch}.safetensors" for epoch in range(len(state["rungs"]))
+    ]
+    assert len(state["rungs"]) >= 3
+    assert [gate["decision"] for gate in state["gates"]] == ["promote"] * len(state["rungs"])
+    assert [one["opponent"] for one in state["gates"][-1]["forgotten"]] == [
+        rung["name"] for rung in state["rungs"][:-1]
+    ]
+
+
+@pytest.mark.slow
+def test_jobs_run_in_processes_of_their_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Through submitit, with a grid of two jobs of which one fails: its error comes back, and the other goes on."""
+    pytest.importorskip("submitit")
+    words = sweep_words(tmp_path, f"[{RANDOM},{FORAGER}]", "trainer.num_minibatches=4096,2")
+    words += ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10", "hydra.sweeper.max_attempts=1"]
+    words += [f"hydra.launcher.submitit_folder={tmp_path}/submitit"]
+    assert main(words) == 1
+    state = state_of(tmp_path)
+    assert [job["status"] for job in state["jobs"]] == ["failed", "finished", "failed", "finished"]
+    assert [(gate["job"], gate["decision"]) for gate in state["gates"]] == [(1, "promote"), (3, "stop")]
+    assert "job 0 failed: trainer.num_minibatches=4096 is more than the 32 learner rows; use fewer" in caplog.messages
+    lock = {entry.role: entry for entry in read_lock(tmp_path / "s/3/npc.lock.json")}
+    assert lock["initial"].sha256 == state["jobs"][1]["sha256"]
