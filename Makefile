@@ -5,7 +5,7 @@ BIN := .venv/bin
 # where `make bench-gpu` writes its tables and JSON files
 OUT ?= benchmarks/results/gpu
 
-.PHONY: help setup demo test test-gpu check format bench bench-gpu builtins fuzz
+.PHONY: help setup demo test test-gpu check format bench bench-gpu builtins fuzz drill-curriculum oracle
 
 help:
 	@echo "make demo     train against a built-in opponent for a minute and see who wins"
@@ -13,6 +13,8 @@ help:
 	@echo "make test-gpu kernels, graphs and whole runs on a GPU, beside their plain twins"
 	@echo "make check    format, lint, types, import floors, fast tests"
 	@echo "make fuzz     ten thousand malformed and all hostile policy files"
+	@echo "make drill-curriculum   a curriculum sweep killed at 20 random moments ends as one that was not"
+	@echo "make oracle   poker, where the best answer to the NPC can be worked out: learners must find it; half an hour"
 	@echo "make bench    speed of env and trainer, as tables; under six minutes"
 	@echo "make bench-gpu [OUT=folder]   the same on a GPU with 65,536 agents, and a profile; tables and JSON in the folder"
 
@@ -71,3 +73,9 @@ fuzz: setup
 	$(BIN)/python -m tests.security.fuzz --count 10000
 	$(BIN)/python -m tests.security.fuzz --count 100 --hidden-size 2304
 	$(BIN)/python -m tests.security.fuzz --hostile
+
+drill-curriculum: setup
+	$(BIN)/python -m tests.curriculum.drill --kills 20
+
+oracle: setup
+	$(BIN)/python -m tests.oracle.run
