@@ -126,8 +126,14 @@ class PettingZooHost:
             acted = self._is_seated[seat]
             terminated, truncated = bool(terminations.get(agent, False)), bool(truncations.get(agent, False))
             over = terminated or truncated or agent not in present
+            reward = rewards.get(agent, 0)
+            if reward and not acted:
+                raise EnvError(
+                    f"agent {agent} is paid {reward} in a step that it was not in; whoever waits for a turn stays in "
+                    "`agents`, and an agent that leaves is paid in its last step"
+                )
             rows.weights[seat] = acted
-            rows.rewards[seat] = rewards.get(agent, 0) if acted else 0
+            rows.rewards[seat] = reward
             rows.dones[seat] = over or not acted
             rows.truncated[seat] = acted and truncated and not terminated
             self._is_seated[seat] = not over

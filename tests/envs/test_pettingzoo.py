@@ -139,6 +139,20 @@ def test_an_agent_that_leaves_against_the_envs_word_ends_the_run():
         step(runner, rows, 0, 0)
 
 
+class PaysTheAbsent(Script):
+    """Pays c, which is not there in the first step."""
+
+    def step(self, actions):
+        observations, rewards, *rest = super().step(actions)
+        return observations, rewards | {"c": 2.5}, *rest
+
+
+def test_paying_an_agent_that_is_not_there_ends_the_run():
+    runner, rows = play(PaysTheAbsent())
+    with pytest.raises(EnvError, match=r"agent c is paid 2.5 in a step that it was not in; whoever waits"):
+        step(runner, rows, 0, 0, 0)
+
+
 def test_an_unknown_id_names_the_nearest():
     with pytest.raises(ConfigError, match=r"env.id=simple_spred_v3 is no known .* did you mean simple_spread_v3"):
         make_env(EnvConfig(name="pettingzoo", args={"id": "simple_spred_v3"}), device="cpu", num_workers=1)
