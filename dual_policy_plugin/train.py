@@ -18,13 +18,11 @@ import torch
 from dual_policy_plugin.config import Config, TrainerConfig
 from dual_policy_plugin.continuation import last_figures, open_run, resume, run_result, save_checkpoint, save_state
 from dual_policy_plugin.distributed import join_ranks, leave_ranks
-from dual_policy_plugin.envs.build import num_processes
-from dual_policy_plugin.envs.workers import num_cores
 from dual_policy_plugin.evaluate import as_metrics, evaluate
 from dual_policy_plugin.evaluation.matches import MatchResult
 from dual_policy_plugin.memory import keep_freed_memory
 from dual_policy_plugin.npc.lock import lock_facts
-from dual_policy_plugin.parts import Parts, build_parts, choose_device
+from dual_policy_plugin.parts import Parts, build_parts, choose_device, set_threads
 from dual_policy_plugin.report.iteration import Laps, Score, iteration_figures, iteration_timing
 from dual_policy_plugin.report.run_log import RunLog
 from dual_policy_plugin.rollout.collector import start_rollouts
@@ -55,9 +53,7 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
     """
     device = choose_device(config.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     trainer = config.trainer
-    # torch's threads spin between two operations: on a worker's core they cost the env 3 to 10 times its step
-    num_free = num_cores() - num_processes(config.env, trainer.num_workers, make_host)
-    torch.set_num_threads(trainer.threads or max(1, num_free))
+    set_threads(config, make_host)
     keep_freed_memory()
     ranks = join_ranks(device.type)
     with ExitStack() as stack:

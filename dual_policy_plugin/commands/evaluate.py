@@ -56,13 +56,12 @@ def run(words: list[str]) -> int:
         if path is not None:
             _check_writable(path)
 
-    import torch
 
     from dual_policy_plugin.composition import compose_config
     from dual_policy_plugin.evaluate import cross_play
     from dual_policy_plugin.files import publish, publish_json
     from dual_policy_plugin.npc.resolver import resolve, unique_names
-    from dual_policy_plugin.parts import choose_device
+    from dual_policy_plugin.parts import choose_device, set_threads
 
     config, _ = compose_config(request.overrides)
     with contextlib.redirect_stdout(sys.stderr):  # whatever a client library prints
@@ -70,8 +69,7 @@ def run(words: list[str]) -> int:
     names = unique_names([one.name for one in found])
     pinned = [replace(one, name=name) for one, name in zip(found, names, strict=True)]
     device = choose_device(config.device)
-    if config.trainer.threads:
-        torch.set_num_threads(config.trainer.threads)
+    set_threads(config)
     print(f"playing {len(pinned)} policies on {config.env.name}: {request.episodes} episodes a pair", file=sys.stderr)
     cross = cross_play(pinned, config, episodes=request.episodes, seed=config.seed, device=device)
     if request.out is not None:

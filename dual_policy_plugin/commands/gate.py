@@ -60,17 +60,15 @@ def _decide(
 
     Where the sides are not equal (roles, unequal numbers of seats), the match is played in both orders.
     """
-    import torch
 
     from dual_policy_plugin.evaluate import SEED_OFFSET, evaluate_pinned, read_spec
     from dual_policy_plugin.evaluation.matches import can_swap
-    from dual_policy_plugin.parts import choose_device
+    from dual_policy_plugin.parts import choose_device, set_threads
     from dual_policy_plugin.rng import LOW_31_BITS, hash32
     from dual_policy_plugin.rollout.assignment import assign
 
     device, dual, spec = choose_device(config.device), config.trainer.dual_policy, read_spec(config)
-    if config.trainer.threads:
-        torch.set_num_threads(config.trainer.threads)
+    set_threads(config)
     is_mirrored = can_swap(assign(spec.num_agents, dual.training_agents_pct, dual.assignment), spec)
 
     def match(one: PinnedPolicy, other: PinnedPolicy, look: int, episodes: int) -> MatchResult:

@@ -15,14 +15,12 @@ import torch
 from dual_policy_plugin.config import Config
 from dual_policy_plugin.curriculum.config import KEY, CurriculumConfig
 from dual_policy_plugin.curriculum.state import EarlierRung
-from dual_policy_plugin.envs.build import num_processes
-from dual_policy_plugin.envs.workers import num_cores
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.evaluate import assign_seats, evaluate_pinned, read_spec
 from dual_policy_plugin.evaluation.matches import seatings_of
 from dual_policy_plugin.evaluation.sequential import GateVerdict, Rule, can_pass, sprt, wilson_gate
 from dual_policy_plugin.npc.resolver import PinnedPolicy
-from dual_policy_plugin.parts import choose_device
+from dual_policy_plugin.parts import choose_device, set_threads
 from dual_policy_plugin.rng import LOW_31_BITS, hash32
 
 NUM_LOOKS = 8
@@ -139,12 +137,6 @@ def gate_seed(seed: int, stage: int, attempt: int, look: int) -> int:
 def rating_seed(seed: int) -> int:
     """The seed of the games that order the ladder."""
     return gate_seed(seed, 0, 0, _RATING)
-
-
-def set_threads(config: Config) -> None:
-    """As many threads as the config says: the order of sums depends on it, and a job may have left another number."""
-    num_free = num_cores() - num_processes(config.env, config.trainer.num_workers)
-    torch.set_num_threads(config.trainer.threads or max(1, num_free))
 
 
 def gate_device(config: Config) -> torch.device:

@@ -41,6 +41,7 @@ from dual_policy_plugin.errors import CurriculumStopped, DualPolicyError, RunErr
 from dual_policy_plugin.files import file_error, read_json, remove_temporary_files
 from dual_policy_plugin.npc.resolver import PinnedPolicy, hold_pinned
 from dual_policy_plugin.npc.sources.local import file_digest
+from dual_policy_plugin.parts import set_threads
 from dual_policy_plugin.run_lock import lock_run, unlock_run
 
 log = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ def _open_state(request: SweepRequest, config: Config, pinned: Sequence[PinnedPo
     is_rated = len(state.rungs) < 2 or all(rung.rating is not None for rung in state.rungs)
     if request.settings.order == "weakest_first" and not is_rated:
         log.info("rating %d NPCs: %d episodes a pair", len(state.rungs), request.settings.rating_episodes)
-        gates.set_threads(config)
+        set_threads(config)
         state.rungs = ladder.rate_rungs(
             state.rungs,
             ladder.locked_rungs(request.folder, state.rungs),
