@@ -132,7 +132,7 @@ def cross(num_policies: int, roles: tuple[str, ...] = (), name: str = "policy") 
     records = [
         PairingRecord(
             first=i, second=j, wins=50.0 if i == j else 95.0 if (j - i) % num_policies == 1 else 40.0 + (i > j) * 20,
-            draws=0, episodes=100, first_return=0, second_return=0,
+            draws=0, episodes=100, effective_episodes=100, first_return=0, second_return=0,
         )
         for i in numbers
         for j in numbers
@@ -169,7 +169,7 @@ def test_cycles_are_flagged() -> None:
     def table(change: float) -> CrossPlay:
         records = [
             PairingRecord(
-                first=i, second=j, wins=50 + (wins.get((i, j), 50) - 50) * change, draws=0, episodes=100,
+                first=i, second=j, wins=50 + (wins.get((i, j), 50) - 50) * change, draws=0, episodes=100, effective_episodes=100,
                 first_return=0, second_return=0,
             )
             for i in range(3)

@@ -41,8 +41,7 @@ class CrossPlay:
     """(P, P) row beats column, draws as half. The diagonal is each policy against itself."""
     low: Matrix
     high: Matrix
-    """(P, P) 95 % intervals of the win rates (Wilson), each episode taken as a game of its own: where both seatings
-    of a start tend to end alike, they are too narrow."""
+    """(P, P) 95 % intervals of the win rates: Wilson's, of the effective number of games (see matches.py)."""
     draws: Matrix
     """(P, P) number of draws."""
     ratings: Ratings
@@ -112,35 +111,42 @@ def summarise(
         roles: as CrossPlay has them.
     """
     size, episodes = len(policies), records[0].episodes
-    wins, draws = np.zeros((size, size)), np.zeros((size, size))
+    wins, games, draws = np.zeros((size, size)), np.zeros((size, size)), np.zeros((size, size))
     for one in records:
-        wins[one.first, one.second], draws[one.first, one.second] = one.wins, one.draws
+        # as so many independent games: intervals and ratings are as sure as these, not as the number of episodes
+        won = one.wins * one.effective_episodes / episodes
+        wins[one.first, one.second], games[one.first, one.second] = won, one.effective_episodes
+        draws[one.first, one.second] = one.draws
         if not roles and one.first != one.second:
-            wins[one.second, one.first], draws[one.second, one.first] = episodes - one.wins, one.draws
-    low, high = _intervals(wins, episodes)
+            wins[one.second, one.first], games[one.second, one.first] = (
+                one.effective_episodes - won,
+                one.effective_episodes,
+            )
+            draws[one.second, one.first] = one.draws
+    low, high = _intervals(wins, games)
     # of either role, where there are roles: which policy is the stronger one on the whole
-    both, games = (wins + episodes - wins.T, 2 * episodes) if roles else (wins, episodes)
+    both, both_games = (wins + games.T - wins.T, games + games.T) if roles else (wins, games)
     names = [one.name for one in policies]
-    player_wins, player_games, players, anchors = _players(wins, episodes, names, roles)
+    player_wins, player_games, players, anchors = _players(wins, games, names, roles)
     rates = np.divide(player_wins, player_games, out=np.full_like(player_wins, math.nan), where=player_games > 0)
     return CrossPlay(
         env=env,
         policies=tuple(policies),
         roles=roles,
         episodes=episodes,
-        win_rate=wins / episodes,
+        win_rate=wins / games,
         low=low,
         high=high,
         draws=draws,
         ratings=fit_ratings(player_wins, player_games, players, anchors=anchors),
         worst_case=tuple(worst_case(rates)),
-        intransitive_share=intransitive_share(both / games),
-        sure_intransitive_share=intransitive_share(both / games, low=_intervals(both, games)[0]),
+        intransitive_share=intransitive_share(both / both_games),
+        sure_intransitive_share=intransitive_share(both / both_games, low=_intervals(both, both_games)[0]),
     )
 
 
 def _players(
-    wins: Matrix, episodes: int, names: list[str], roles: tuple[str, ...]
+    wins: Matrix, games: Matrix, names: list[str], roles: tuple[str, ...]
 ) -> tuple[Matrix, Matrix, list[str], dict[str, float]]:
     """Wins and games of those that are rated, their names, and whose ratings are given.
 
@@ -148,16 +154,17 @@ def _players(
     a role is worth is for the games to say.
     """
     if not roles:
-        return wins, np.full_like(wins, episodes), names, dict(ANCHORS)
+        return wins, games, names, dict(ANCHORS)
     size = len(names)
-    player_wins, games = np.zeros((2 * size, 2 * size)), np.zeros((2 * size, 2 * size))
-    player_wins[:size, size:], player_wins[size:, :size] = wins, episodes - wins.T
-    games[:size, size:] = games[size:, :size] = episodes
+    player_wins, player_games = np.zeros((2 * size, 2 * size)), np.zeros((2 * size, 2 * size))
+    player_wins[:size, size:], player_wins[size:, :size] = wins, (games - wins).T
+    player_games[:size, size:], player_games[size:, :size] = games, games.T
     players = [f"{name}@{role}" for role in roles for name in names]
-    return player_wins, games, players, {f"{name}@{roles[0]}": rating for name, rating in ANCHORS.items()}
+    return player_wins, player_games, players, {f"{name}@{roles[0]}": rating for name, rating in ANCHORS.items()}
 
 
-def _intervals(wins: Matrix, episodes: int) -> tuple[Matrix, Matrix]:
+def _intervals(wins: Matrix, games: Matrix) -> tuple[Matrix, Matrix]:
     """(P, P) lower and upper bounds of win rates."""
-    bounds = np.array([[wilson_interval(float(one), episodes) for one in row] for row in wins])
+    pairs = zip(wins.flat, games.flat, strict=True)
+    bounds = np.array([wilson_interval(float(won), float(played)) for won, played in pairs]).reshape(*wins.shape, 2)
     return bounds[:, :, 0], bounds[:, :, 1]

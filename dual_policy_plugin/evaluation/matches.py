@@ -37,9 +37,17 @@ class PairingRecord:
     """Of the first, plus half the draws."""
     draws: int
     episodes: int
+    effective_episodes: float
+    """How many independent games are as sure (see `effective_episodes`)."""
     first_return: float
     second_return: float
     """Mean returns per agent."""
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the first's win rate: Wilson's, of the effective number of games."""
+        share = self.effective_episodes / self.episodes
+        return wilson_interval(self.wins * share, self.effective_episodes)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -51,7 +59,7 @@ class MatchResult:
     """Wins plus half the draws, over episodes."""
     low: float
     high: float
-    """95 % interval of the win rate (Wilson)."""
+    """95 % interval of the win rate (Wilson's, of the effective number of games)."""
     episodes: int
     wins: float
     """Wins plus half the draws."""
@@ -67,7 +75,7 @@ class MatchResult:
 
 def match_result(record: PairingRecord, opponent: str) -> MatchResult:
     """The record as the first policy's result against the second, which is named."""
-    low, high = wilson_interval(record.wins, record.episodes)
+    low, high = record.interval
     return MatchResult(
         opponent=opponent,
         win_rate=record.wins / record.episodes,
@@ -130,6 +138,8 @@ def play_pairings(
     plan = plan_rounds(len(blocks), -(-episodes // len(seatings)), max_envs)
     env = make_env([number for _ in range(plan.num_blocks) for number in range(plan.envs_per_block)])
     sums = torch.zeros(len(pairings), 4, dtype=torch.float64)  # wins, draws, the two sides' mean returns
+    # the wins of every episode, its seatings together
+    wins_of = torch.zeros(plan.num_rounds, len(pairings), plan.envs_per_block, dtype=torch.float64)
     try:
         for start in range(0, len(blocks), plan.num_blocks):
             group = blocks[start : start + plan.num_blocks]
@@ -138,19 +148,45 @@ def play_pairings(
             for i in range(plan.num_rounds):
                 round_seed = int(rng.hash32(seed, i)) & rng.LOW_31_BITS
                 outcome = _play_round(env, actors, round_seed, plan.envs_per_block, device)
-                figures = _figures(*outcome, table.is_first).view(plan.num_blocks, plan.envs_per_block, 4).sum(dim=1)
+                figures = _figures(*outcome, table.is_first).view(plan.num_blocks, plan.envs_per_block, 4)[: len(group)]
                 pairing_of_block = torch.tensor([pairing for pairing, _ in group])
-                sums.index_add_(0, pairing_of_block, figures[: len(group)])
+                sums.index_add_(0, pairing_of_block, figures.sum(dim=1))
+                wins_of[i].index_add_(0, pairing_of_block, figures[:, :, 0])
     finally:
         env.close()
     played = plan.num_rounds * plan.envs_per_block * len(seatings)
+    effective = effective_episodes(wins_of.transpose(0, 1).flatten(1) / len(seatings), len(seatings))
     return [
         PairingRecord(
-            first=first, second=second, wins=wins, draws=int(draws), episodes=played,
+            first=first, second=second, wins=wins, draws=int(draws), episodes=played, effective_episodes=games,
             first_return=first_return / played, second_return=second_return / played,
         )
-        for (first, second), (wins, draws, first_return, second_return) in zip(pairings, sums.tolist(), strict=True)
+        for (first, second), (wins, draws, first_return, second_return), games in zip(
+            pairings, sums.tolist(), effective, strict=True
+        )
     ]  # fmt: skip
+
+
+def effective_episodes(scores: Tensor, num_seatings: int) -> list[float]:
+    """How many independent games, won or lost, are as sure of a win rate as the games that were played.
+
+    Games from several seatings of one start may end alike, where the map suits one of the policies. With s the mean
+    score of a start over its seatings, the win rate's variance is Var(s) / num_starts, that of n independent games
+    p (1 - p) / n; n is the effective sample size under clustering (Kish 1965). Never more than were played, nor fewer
+    than starts; where all were won or all lost nothing tells, and it is the number of starts.
+
+    Args:
+        scores: (num_pairings, num_starts) float64 in [0, 1].
+        num_seatings: games of each start.
+    """
+    num_starts = scores.shape[1]
+    win_rate = scores.mean(dim=1)
+    # about the mean, with all starts but one as degrees of freedom
+    variance = (scores - win_rate.unsqueeze(1)).square().sum(dim=1) / max(1, num_starts - 1)
+    coin = win_rate * (1 - win_rate)
+    alike = num_starts * coin / variance.clamp(min=1e-12)
+    games = torch.where(coin > 0, alike, 0.0).clamp(min=num_starts, max=num_starts * num_seatings)
+    return [float(one) for one in games]
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -33,7 +33,14 @@ def pin(name: str) -> PinnedPolicy:
 
 def record(first: int, second: int, wins: float, draws: int = 0) -> PairingRecord:
     return PairingRecord(
-        first=first, second=second, wins=wins, draws=draws, episodes=20, first_return=1.0, second_return=0.0
+        first=first,
+        second=second,
+        wins=wins,
+        draws=draws,
+        episodes=20,
+        effective_episodes=20,
+        first_return=1.0,
+        second_return=0.0,
     )
 
 

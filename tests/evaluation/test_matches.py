@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from benchmarks import bench_evaluate
 from dual_policy_plugin.envs.arena import Arena, make_arena
+from dual_policy_plugin.evaluation.intervals import wilson_interval
 from dual_policy_plugin.evaluation.matches import (
     CHECK_EVERY,
     Actors,
     PairingRecord,
+    effective_episodes,
     match_result,
     plan_rounds,
     play_pairings,
@@ -219,7 +221,7 @@ def test_first_episodes_count_once_whatever_their_length() -> None:
     policies = spies(1, 2)
     (record,) = play(policies, [(0, 1)], Table(Desk, lengths=(1, 4)), episodes=4)
     assert record == PairingRecord(
-        first=0, second=1, wins=0.0, draws=0, episodes=4, first_return=2.5, second_return=5.0
+        first=0, second=1, wins=0.0, draws=0, episodes=4, effective_episodes=2.0, first_return=2.5, second_return=5.0
     )
     assert max(int(seen[:, EPISODE].max()) for seen in policies[0].policy.seen) > 3  # many more were begun
 
@@ -313,3 +315,35 @@ def test_policies_of_one_size_act_in_one_grouped_step(monkeypatch: pytest.Monkey
 def test_the_benchmark_runs(capsys: pytest.CaptureFixture[str]) -> None:
     bench_evaluate.main(["--policies", "2", "--num-envs", "6", "--episode-steps", "4", "--rounds", "1"])
     assert "2 policies, 3 pairings, 6 envs of 8 agents, 1 thread(s), cpu: cross-play " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("scores", "num_seatings", "games"),
+    [
+        ([1.0, 0.0, 1.0, 0.0], 2, 4.0),  # both seatings of a start always end alike: starts count, not games
+        ([0.5, 0.5, 0.5, 0.5], 2, 8.0),  # one win each, or draws: at least as sure as independent games
+        ([1.0, 1.0, 1.0, 1.0], 2, 4.0),  # nothing tells
+        ([1.0, 0.0, 0.0, 0.0], 1, 4.0),  # one seating: every game is a start
+        ([1.0, 0.5, 0.5, 0.0], 2, 6.0),  # 4 starts * 1/4 / (1/6), as independent coins would give about 8
+    ],
+)
+def test_effective_number_of_games_by_hand(scores: list[float], num_seatings: int, games: float) -> None:
+    assert effective_episodes(torch.tensor([scores], dtype=torch.float64), num_seatings) == [pytest.approx(games)]
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.6])
+def test_intervals_cover_the_win_rate_where_seatings_of_a_start_end_alike(alike: float) -> None:
+    """2,000 matches of 100 starts from two seatings; with `alike` the second game repeats the first one."""
+    generator = torch.Generator().manual_seed(1)
+    first = torch.rand(2000, 100, generator=generator) < 0.7
+    second = torch.rand(2000, 100, generator=generator) < 0.7
+    second = torch.where(torch.rand(2000, 100, generator=generator) < alike, first, second)
+    scores = (first.double() + second.double()) / 2
+    games = effective_episodes(scores, 2)
+    rates = scores.mean(dim=1).tolist()
+    bounds = [wilson_interval(rate * played, played) for rate, played in zip(rates, games, strict=True)]
+    covered = sum(low <= 0.7 <= high for low, high in bounds) / 2000
+    assert 0.935 < covered < 0.975
+    if alike:  # as independent games the intervals would be too narrow
+        naive = [wilson_interval(rate * 200, 200) for rate in rates]
+        assert sum(low <= 0.7 <= high for low, high in naive) / 2000 < 0.9
