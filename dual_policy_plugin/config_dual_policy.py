@@ -85,7 +85,8 @@ def load_dual_policy(cfg: DictConfig | Mapping[str, Any], key: str = DUAL_POLICY
     if npc is None and not pool and result.self_play is None:
         raise ConfigError(
             f"{key}.checkpoint_npc.uri is not set, but {key}.enabled=true needs an NPC; "
-            "name one, for example builtin://arena/medium or a checkpoint file"
+            "name one, for example builtin://arena/medium or a checkpoint file, "
+            f"or set {key}.self_play.snapshot_interval for snapshots of the learner"
         )
     return dataclasses.replace(result, npc=npc, pool=pool)
 

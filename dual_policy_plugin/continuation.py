@@ -13,7 +13,7 @@ from dual_policy_plugin.config import Config
 from dual_policy_plugin.distributed import Ranks
 from dual_policy_plugin.evaluation.matches import MatchResult
 from dual_policy_plugin.files import read_lines
-from dual_policy_plugin.parts import Parts
+from dual_policy_plugin.parts import Parts, check_held_out
 from dual_policy_plugin.policies.npcs import recorded_npcs
 from dual_policy_plugin.run_directory import RunDirectory
 from dual_policy_plugin.run_state import (
@@ -48,6 +48,8 @@ def resume(
     if parts.roster is not None and parts.seatings.pool is not None:
         roster = read_roster(saved, where) if saved is not None else None
         start_pool(parts.roster, parts.seatings.pool, roster, run, ranks)
+        held_out = [entry for entry in parts.lock if entry.role == "held_out"]
+        check_held_out(held_out, {one.sha256: one.name for one in parts.roster.snapshots()})
     seating = parts.seatings(counters.num_learner or parts.assignment.num_learner)
     if run is not None and saved is None:
         save_state(run, parts, seating, counters)
@@ -109,10 +111,9 @@ def run_result(
 ) -> dict[str, Any]:
     """What the run came to; `objective` is what a sweeper maximizes: the mean win rate, else the learner's return.
 
-    Policies that are held out have no say in it, where there are others: a choice by them would be training on them.
+    Policies that are held out have no say in it: a choice by them would be training on them.
     """
-    seen = [result for result in evals if result.opponent not in parts.held_out]
-    rates = [result.win_rate for result in seen or evals]
+    rates = [result.win_rate for result in evals if result.opponent not in parts.held_out]
     newest = run.newest_checkpoint()
     objective = sum(rates) / len(rates) if rates else _newest_return(run)
     return {

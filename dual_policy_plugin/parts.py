@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -100,7 +100,7 @@ def build_parts(
     # who plays: text -> pinned, verified bytes, the same on every rank
     wishes = _wishes(config)
     pins = pin_policies(wishes, run_path, given=dual.lock, seed=config.seed, ranks=ranks, device=device)
-    _check_held_out(pins, wishes, config)
+    check_held_out(pins.of_role("held_out", wishes), _first_npcs(config, wishes, pins))
     hold = stack.enter_context(hold_pinned([one for found in pins.policies for one in found]))
     pinned = pins.of_role("npc", wishes)
 
@@ -213,13 +213,23 @@ def _begin_roster(config: Config, wishes: list[Wish], pins: Pins) -> Roster:
     return Roster.begin(npcs, dual.matchmaking, dual.self_play)
 
 
-def _check_held_out(pins: Pins, wishes: list[Wish], config: Config) -> None:
-    """Raises a ConfigError where a held-out policy is an NPC of the run, by its bytes and not by its name."""
-    npcs = {pin.sha256: pin for pin in pins.of_role("npc", wishes)}
-    for held in pins.of_role("held_out", wishes):
+def _first_npcs(config: Config, wishes: list[Wish], pins: Pins) -> dict[str, str]:
+    """sha256 -> name of the NPCs that a run begins with; where self-play has no other, the learner as it begins."""
+    is_learner = config.trainer.dual_policy.self_play is not None and not pins.of_role("npc", wishes)
+    return {pin.sha256: pin.name for pin in pins.of_role("initial" if is_learner else "npc", wishes)}
+
+
+def check_held_out(held_out: Iterable[PinnedPolicy | LockEntry], npcs: Mapping[str, str]) -> None:
+    """Raises a ConfigError where a held-out policy is an NPC of the run, by its bytes and not by its name.
+
+    Args:
+        held_out: the policies of evals.held_out.
+        npcs: sha256 -> name.
+    """
+    for held in held_out:
         if held.sha256 in npcs:
             raise ConfigError(
-                f"evals.held_out={held.requested} is the NPC {npcs[held.sha256].name} of this run (sha256 "
+                f"evals.held_out={held.requested} is the NPC {npcs[held.sha256]} of this run (sha256 "
                 f"{held.sha256[:12]}); hold out a policy that the learner does not train against"
             )
 
@@ -249,6 +259,14 @@ def _opponents(
                 f"switch an NPC on (trainer.dual_policy), or use evals.{key}=[]"
             )
     opponents = named or npcs
+    interval = config.trainer.evaluate_interval
+    if interval and config.evals.episodes and not opponents and not held_out:
+        mend = (
+            "name some in evals.opponents, for example [builtin://arena/medium]" if assignment.num_npc else "use null"
+        )
+        raise ConfigError(
+            f"trainer.evaluate_interval={interval} has nobody to evaluate against, no NPC is named; {mend}"
+        )
     names = unique_names([npc.name for npc in [*opponents, *held_out]])
     renamed = [replace(npc, name=name) for npc, name in zip([*opponents, *held_out], names, strict=True)]
     return renamed, frozenset(names[len(opponents) :])

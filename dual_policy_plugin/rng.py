@@ -25,6 +25,7 @@ ACTION_NPC = 6
 NPC_DRAW = 7
 SEAT_ORDER = 8
 PHASE = 9
+LATER_EPISODES = 10  # of a run's env: no seed of an evaluation, which is hash32(seed, round)
 
 GOLDEN = 0x9E3779B9 - 2**32
 MULTIPLIER_1 = 0x7FEB352D

@@ -155,7 +155,7 @@ class RunDirectory:
         best = self.best_checkpoint()
         if best is not None and best[0] == epoch:
             files.publish(self.checkpoints / "best.safetensors", data)
-        self._apply_retention()
+        self._apply_retention(epoch)
         return path
 
     def pin(self, owner: str, epochs: Iterable[int]) -> None:
@@ -259,10 +259,12 @@ class RunDirectory:
         pinned = {owner: sorted(epochs) for owner, epochs in sorted(self._pinned.items()) if epochs}
         files.publish_json(self.path / "state" / "checkpoints.json", {"scores": scores, "pinned": pinned})
 
-    def _apply_retention(self) -> None:
+    def _apply_retention(self, saved: int) -> None:
+        """`saved` stays, though a run that was killed may have left newer ones, which it has yet to make again."""
         epochs = self._epochs()
         best = self.best_checkpoint()
-        kept = {0, *epochs[-self._keep_checkpoints :], *([best[0]] if best else [])}.union(*self._pinned.values())
+        kept = {0, saved, *epochs[-self._keep_checkpoints :], *([best[0]] if best else [])}
+        kept = kept.union(*self._pinned.values())
         for epoch in epochs:
             if epoch not in kept:
                 path = self.checkpoint_path(epoch)

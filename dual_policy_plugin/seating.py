@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dual_policy_plugin.config import Config
 from dual_policy_plugin.experience import Experience, allocate_experience
 from dual_policy_plugin.policies.pool import NpcPool
-from dual_policy_plugin.rng import LOW_31_BITS, hash32
+from dual_policy_plugin.rng import LATER_EPISODES, LOW_31_BITS, hash32
 from dual_policy_plugin.rollout.assignment import Assignment, seat_learners
 from dual_policy_plugin.rollout.captured import Play, choose_play
 from dual_policy_plugin.rollout.collector import start_rollouts
@@ -61,10 +61,13 @@ class Seatings:
         self._made: dict[int, Seating] = {}
 
     def __call__(self, num_learner: int) -> Seating:
-        """The seating with `num_learner` learners in each env."""
+        """The seating with `num_learner` learners in each env, which is to play next."""
         if num_learner not in self._made:
             self._made[num_learner] = self._make(num_learner)
-        return self._made[num_learner]
+        seating = self._made[num_learner]
+        if self.pool is not None and seating.mixed.pool is None:
+            self.pool.end_episodes()
+        return seating
 
     def _make(self, num_learner: int) -> Seating:
         env, spec, trainer, device = self._env, self._env.spec, self._config.trainer, self._device
@@ -129,4 +132,4 @@ def next_seating(
 
 def later_seed(config: Config, counters: Counters) -> int:
     """The seed of episodes that all envs begin together, later than at the run's beginning."""
-    return int(hash32(config.seed, counters.iteration)) & LOW_31_BITS
+    return int(hash32(config.seed, LATER_EPISODES, counters.iteration)) & LOW_31_BITS

@@ -47,16 +47,16 @@ def test_a_released_update_holds_no_graph() -> None:
     """NCCL's communicator cannot be destroyed while a recorded all-reduce exists, and would wait for ever."""
     loop = make_loop(MemoryTask(4, 2))
     order: list[str] = []
-    call: Any = CapturedCall.__new__(CapturedCall)
-    call._graph, call._result = SimpleNamespace(reset=lambda: order.append("reset")), {}
-    loop.ppo._captured = call
+    calls: list[Any] = [CapturedCall.__new__(CapturedCall) for _ in range(2)]  # one for each share of learners
+    for call in calls:
+        call._graph, call._result = SimpleNamespace(reset=lambda: order.append("reset")), {}
+    loop.ppo._captured = [(loop.experience, call) for call in calls]
     with ExitStack() as stack:
         stack.callback(lambda: order.append("ranks part"))
         stack.callback(loop.ppo.release)
-    assert order == ["reset", "ranks part"]
-    assert loop.ppo._captured is None
-    assert call._graph is None
-    assert call._result is None
+    assert order == ["reset", "reset", "ranks part"]
+    assert loop.ppo._captured == []
+    assert [(call._graph, call._result) for call in calls] == [(None, None)] * 2
 
 
 def test_a_gpu_without_triton_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,9 @@ def test_one_policy_twice_and_a_picture_alone(capsys: pytest.CaptureFixture[str]
         ("policies=[a,s3://b/k=1/x.pt]", "put a URI with special characters in quotes: 'policies=["),
         (f"{TWO} episods=4", "episods is not a known key; did you mean episodes?"),
         (f"{TWO} env.numenvs=4", "env.numenvs is not a known key; did you mean env.num_envs?"),
+        (f"{TWO} evals.episodes=8", "evals.episodes=8 is not read here; write episodes="),
+        (f"{TWO} evals.held_out=[a]", "evals.held_out=[a] is not read here; name all players in policies="),
+        (f"{TWO} trainer.dual_policy.training_agents_pct=0.25", "_pct=0.25 is not read here; two policies have"),
         (f"{TWO} -x", "keys are written without dashes, for example out=FILE.json"),
         (f"{TWO} out=nowhere/x.json", "nowhere/x.json cannot be written: there is no folder nowhere; make it"),
         (f"{TWO} out=/proc/x.json", "/proc/x.json cannot be written: No such file or directory; choose another"),
@@ -169,8 +172,8 @@ def test_cycles_are_flagged() -> None:
     def table(change: float) -> CrossPlay:
         records = [
             PairingRecord(
-                first=i, second=j, wins=50 + (wins.get((i, j), 50) - 50) * change, draws=0, episodes=100, effective_episodes=100,
-                first_return=0, second_return=0,
+                first=i, second=j, wins=50 + (wins.get((i, j), 50) - 50) * change, draws=0, episodes=100,
+                effective_episodes=100, first_return=0, second_return=0,
             )
             for i in range(3)
             for j in range(i, 3)

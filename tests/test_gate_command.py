@@ -111,6 +111,7 @@ def test_looks_are_fresh_games_and_the_seed_repeats_them(
         ),
         (["env.num_agent=4"], "error: env.num_agent is not a known key; did you mean env.num_agents?"),
         (["trainer.dual_policy.training_agents_pct=1"], "error: trainer.dual_policy.training_agents_pct=1"),
+        (["evals.episodes=8"], "error: evals.episodes=8 is not read here; use --max-episodes"),
         (["nonsense"], "error: 'nonsense' cannot be read; an override is key=value"),
         (["env.num_agents=1"], "error: env.num_agents=1 is not possible; use a value from 2 to 64"),
     ],

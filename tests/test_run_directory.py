@@ -318,6 +318,15 @@ def test_a_crash_between_the_files_of_a_save_is_mended(
         assert epochs(run) == ([1, 3] if num_published < 2 else [2, 3])
 
 
+def test_what_is_saved_stays_beside_newer_ones_that_a_kill_left(tmp_path: Path) -> None:
+    with open_run(tmp_path, keep_checkpoints=1) as run:
+        run.save_checkpoint(9, b"killed before its state was saved", score=0.5)
+    with open_run(tmp_path, keep_checkpoints=1) as run:  # goes on from the state of an iteration before
+        assert run.save_checkpoint(7, b"7", score=0.1).read_bytes() == b"7"
+        run.save_checkpoint(8, b"8", score=0.1)
+        assert epochs(run) == [8, 9]
+
+
 def test_a_failed_save_leaves_all_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_run(tmp_path, keep_checkpoints=1) as run:
         run.save_checkpoint(1, b"one", score=0.1)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dual_policy_plugin.commands.words import parse_words
+from dual_policy_plugin.commands.words import check_read, parse_words
 from dual_policy_plugin.errors import ConfigError, RunError
 from dual_policy_plugin.report.tables import printable
 
@@ -28,6 +28,15 @@ if TYPE_CHECKING:
     from dual_policy_plugin.evaluation.cross_play import CrossPlay
 
 KEYS = ("policies", "episodes", "out", "png")
+_HALF = "two policies have half of the seats each, so remove it"
+UNREAD = {
+    "evals.episodes": "write episodes=",
+    "evals.opponents": "name all players in policies=",
+    "evals.held_out": "name all players in policies=",
+    "trainer.dual_policy.training_agents_pct": _HALF,
+    "trainer.dual_policy.policy_a_percentage": _HALF,
+}
+"""Keys of the config that one might think this command reads -> what to do instead."""
 MAX_EPISODES = 10**7
 COLUMN_WIDTH = 6  # of a win rate in the table
 _EXAMPLE = "policies=[builtin://arena/weak,train_dir/my_run]"
@@ -55,7 +64,6 @@ def run(words: list[str]) -> int:
     for path in (request.out, request.png):
         if path is not None:
             _check_writable(path)
-
 
     from dual_policy_plugin.composition import compose_config
     from dual_policy_plugin.evaluate import cross_play
@@ -181,7 +189,7 @@ def _parse(words: list[str]) -> _Request:
     parser = argparse.ArgumentParser(
         prog="dual-policy evaluate",
         description="Plays every policy against every other and itself, from both seatings, and prints win rates and "
-        "ratings (policy `random` has 0; 400 points are odds of 10 to 1).",
+        "ratings (builtin://arena/random has 0 where it plays, else the mean is 0; 400 points are odds of 10 to 1).",
         epilog="policies=[URI,URI,...] two or more; episodes=256 per pair; out=FILE.json also writes FILE.png; "
         "png=FILE.png; all others are keys of `dual-policy train`, for example env=arena env.num_envs=512 seed=2. "
         "env.num_envs is how many envs are played at once.",
@@ -192,6 +200,7 @@ def _parse(words: list[str]) -> _Request:
     overrides = [word for word in args.words if word.partition("=")[0] not in KEYS]
     for word in overrides:
         _check_key(word.partition("=")[0])
+    check_read(overrides, UNREAD)
     out, png = _path(own, "out"), _path(own, "png")
     if out is not None and out.suffix == ".png":
         raise ConfigError(f"out={out} is for the JSON file; write out={out.with_suffix('.json')}, or png={out}")

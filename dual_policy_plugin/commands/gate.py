@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dual_policy_plugin.commands.words import parse_words
+from dual_policy_plugin.commands.words import check_read, parse_words
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.evaluation.sequential import GateVerdict, Rule, can_pass, play_until_decided, sprt
 from dual_policy_plugin.report.tables import printable
@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 
 EPISODES_PER_LOOK = 512
 EPISODES_PER_SEED = 2  # each policy once on either side
+UNREAD = {
+    "evals.episodes": "use --max-episodes",
+    "evals.opponents": "NEW plays against OLD alone",
+    "evals.held_out": "NEW plays against OLD alone",
+}
+"""Keys of the config that one might think this command reads -> what to do instead."""
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +40,7 @@ _log = logging.getLogger(__name__)
 def run(words: list[str]) -> int:
     """Plays until it is decided, prints the verdict in one line, and returns the exit code."""
     args = _parse(words)
+    check_read(args.overrides, UNREAD)
     rule = partial(
         sprt, p0=0.5 - args.margin, p1=0.5, alpha=args.alpha, beta=args.beta, episodes_per_seed=EPISODES_PER_SEED
     )

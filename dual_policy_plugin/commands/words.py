@@ -43,6 +43,19 @@ def choose_command(
     return commands[name][0]
 
 
+def check_read(overrides: list[str], unread: Mapping[str, str]) -> None:
+    """Raises a ConfigError for an override that a command would not read, though its name says that it does.
+
+    Args:
+        overrides: words of the command line for the config.
+        unread: key -> what to do instead.
+    """
+    for word in overrides:
+        mend = unread.get(word.partition("=")[0].lstrip("+"))
+        if mend is not None:
+            raise ConfigError(f"{word} is not read here; {mend}")
+
+
 def parse_words(
     parser: argparse.ArgumentParser, words: list[str], hint: str = "", *, is_mixed: bool = False
 ) -> argparse.Namespace:

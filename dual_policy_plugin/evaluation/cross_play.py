@@ -8,8 +8,9 @@ rating in each role.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,14 @@ from numpy.typing import NDArray
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.evaluation.intervals import wilson_interval
 from dual_policy_plugin.evaluation.matches import PairingRecord, can_swap
-from dual_policy_plugin.evaluation.ratings import ANCHORS, Ratings, fit_ratings, intransitive_share, worst_case
+from dual_policy_plugin.evaluation.ratings import Ratings, fit_ratings, intransitive_share, worst_case
 from dual_policy_plugin.npc.resolver import PinnedPolicy
 from dual_policy_plugin.rollout.assignment import Assignment, assign
 from dual_policy_plugin.types import EnvSpec
 
 Matrix = NDArray[np.float64]
+ANCHORS: Mapping[str, float] = MappingProxyType({"builtin://arena/random": 0.0})
+"""The policies whose ratings are given, where they play, by URI."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True, eq=False)
@@ -111,56 +114,57 @@ def summarise(
         roles: as CrossPlay has them.
     """
     size, episodes = len(policies), records[0].episodes
-    wins, games, draws = np.zeros((size, size)), np.zeros((size, size)), np.zeros((size, size))
+    won, games, draws = np.zeros((size, size)), np.zeros((size, size)), np.zeros((size, size))
     for one in records:
-        # as so many independent games: intervals and ratings are as sure as these, not as the number of episodes
-        won = one.wins * one.effective_episodes / episodes
-        wins[one.first, one.second], games[one.first, one.second] = won, one.effective_episodes
-        draws[one.first, one.second] = one.draws
+        won[one.first, one.second], draws[one.first, one.second] = one.wins, one.draws
+        games[one.first, one.second] = one.effective_episodes
         if not roles and one.first != one.second:
-            wins[one.second, one.first], games[one.second, one.first] = (
-                one.effective_episodes - won,
-                one.effective_episodes,
-            )
-            draws[one.second, one.first] = one.draws
+            won[one.second, one.first], draws[one.second, one.first] = episodes - one.wins, one.draws
+            games[one.second, one.first] = one.effective_episodes
+    win_rate = won / episodes  # of what was counted, so that a tie is 1/2 exactly
+    # as so many independent games: intervals and ratings are as sure as these, not as the number of episodes
+    wins = win_rate * games
     low, high = _intervals(wins, games)
     # of either role, where there are roles: which policy is the stronger one on the whole
-    both, both_games = (wins + games.T - wins.T, games + games.T) if roles else (wins, games)
-    names = [one.name for one in policies]
-    player_wins, player_games, players, anchors = _players(wins, games, names, roles)
+    both = (won + episodes - won.T) / (2 * episodes) if roles else win_rate
+    both_games = games + games.T if roles else games
+    player_wins, player_games, players, anchors = _players(wins, games, policies, roles)
     rates = np.divide(player_wins, player_games, out=np.full_like(player_wins, math.nan), where=player_games > 0)
     return CrossPlay(
         env=env,
         policies=tuple(policies),
         roles=roles,
         episodes=episodes,
-        win_rate=wins / games,
+        win_rate=win_rate,
         low=low,
         high=high,
         draws=draws,
         ratings=fit_ratings(player_wins, player_games, players, anchors=anchors),
         worst_case=tuple(worst_case(rates)),
-        intransitive_share=intransitive_share(both / both_games),
-        sure_intransitive_share=intransitive_share(both / both_games, low=_intervals(both, both_games)[0]),
+        intransitive_share=intransitive_share(both),
+        sure_intransitive_share=intransitive_share(both, low=_intervals(both * both_games, both_games)[0]),
     )
 
 
 def _players(
-    wins: Matrix, games: Matrix, names: list[str], roles: tuple[str, ...]
+    wins: Matrix, games: Matrix, policies: Sequence[PinnedPolicy], roles: tuple[str, ...]
 ) -> tuple[Matrix, Matrix, list[str], dict[str, float]]:
     """Wins and games of those that are rated, their names, and whose ratings are given.
 
     With roles every policy is two players, who meet those of the other role only. One role of an anchor is given: what
     a role is worth is for the games to say.
     """
+    names = [one.name for one in policies]
+    # by what it is and not by its name, which a file may have too
+    anchors = {one.name: ANCHORS[one.uri] for one in policies if one.uri in ANCHORS}
     if not roles:
-        return wins, games, names, dict(ANCHORS)
+        return wins, games, names, anchors
     size = len(names)
     player_wins, player_games = np.zeros((2 * size, 2 * size)), np.zeros((2 * size, 2 * size))
     player_wins[:size, size:], player_wins[size:, :size] = wins, (games - wins).T
     player_games[:size, size:], player_games[size:, :size] = games, games.T
     players = [f"{name}@{role}" for role in roles for name in names]
-    return player_wins, player_games, players, {f"{name}@{roles[0]}": rating for name, rating in ANCHORS.items()}
+    return player_wins, player_games, players, {f"{name}@{roles[0]}": rating for name, rating in anchors.items()}
 
 
 def _intervals(wins: Matrix, games: Matrix) -> tuple[Matrix, Matrix]:

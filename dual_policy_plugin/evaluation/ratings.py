@@ -23,8 +23,6 @@ ELO = 400 / math.log(10)
 PRIOR_SD = 5.0
 """Standard deviation of log strengths around their mean that the prior expects (869 points): lets the rating of a
 policy that won or lost everything be finite, and is forgotten after a few games that went either way."""
-ANCHORS: Mapping[str, float] = MappingProxyType({"random": 0.0})
-"""The policies whose ratings are given, where they are among the names."""
 _MAX_STEPS = 100
 _CLOSE = 1e-6  # of log strength, 0.0002 points
 
@@ -47,7 +45,7 @@ def fit_ratings(
     games: Floats,
     names: Sequence[str],
     *,
-    anchors: Mapping[str, float] = ANCHORS,
+    anchors: Mapping[str, float] = MappingProxyType({}),
     confidence: float = 0.95,
 ) -> Ratings:
     """Bradley-Terry ratings (Bradley & Terry 1952) by penalised maximum likelihood, with intervals.

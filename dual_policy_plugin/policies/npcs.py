@@ -47,7 +47,7 @@ class Wish:
 
     source: PolicySource
     role: str
-    """npc | initial | opponent (see `npc/lock.py`)."""
+    """npc | initial | opponent | held_out (see `npc/lock.py`)."""
 
     @property
     def requested(self) -> str:

@@ -60,7 +60,7 @@ class NpcPool:
 
     Attributes:
         npcs: what is in the slots; one list for this pool, its parts and its siblings.
-        npc_of_env: (num_envs,) int64, which NPC plays there until the episode ends; -1 until there is an NPC.
+        npc_of_env: (num_envs,) int64, which NPC plays there until the episode ends; -1 where none plays.
         probabilities: (K,) float32, what the next NPC is drawn with, see `set_probabilities`.
         state: (num_envs * num_npc, max state size) float32, zeros at an episode's start.
     """
@@ -121,6 +121,10 @@ class NpcPool:
         self.state.zero_()
         middles = (torch.arange(num_envs, device=self.state.device) + 0.5) / num_envs
         self.npc_of_env.copy_(self._drawn(middles))
+
+    def end_episodes(self) -> None:
+        """No env plays any NPC, until `start_episodes`: all agents learn."""
+        self.npc_of_env.fill_(-1)
 
     def live(self) -> Tensor:
         """(K,) int64: how many envs play each NPC now."""

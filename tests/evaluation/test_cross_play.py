@@ -27,8 +27,11 @@ SMALL = {"episode_steps": 48, "num_agents": 4, "height": 8, "width": 8, "mines":
 CONFIG = Config(env=EnvConfig(num_envs=64, args=SMALL), trainer=TrainerConfig(precision="fp32"))
 
 
-def pin(name: str) -> PinnedPolicy:
-    return PinnedPolicy(name=name, requested=name, uri=f"file:///{name}", sha256=name * 8, num_bytes=1)
+def pin(name: str, uri: str = "") -> PinnedPolicy:
+    return PinnedPolicy(name=name, requested=name, uri=uri or f"file:///{name}", sha256=name * 8, num_bytes=1)
+
+
+RANDOM = pin("random", "builtin://arena/random")
 
 
 def record(first: int, second: int, wins: float, draws: int = 0) -> PairingRecord:
@@ -47,7 +50,7 @@ def record(first: int, second: int, wins: float, draws: int = 0) -> PairingRecor
 def test_a_table_by_hand() -> None:
     """Random loses to a (4 : 16), a to b (8 : 12, two draws), b to random (10 : 10)."""
     records = [record(0, 0, 10), record(0, 1, 4), record(0, 2, 10), record(1, 1, 10), record(1, 2, 8, 2)]
-    cross = summarise([*records, record(2, 2, 10)], [pin("random"), pin("a"), pin("b")], env="desk", roles=())
+    cross = summarise([*records, record(2, 2, 10)], [RANDOM, pin("a"), pin("b")], env="desk", roles=())
     assert cross.win_rate.tolist() == [[0.5, 0.2, 0.5], [0.8, 0.5, 0.4], [0.5, 0.6, 0.5]]
     assert cross.draws.tolist() == [[0, 0, 0], [0, 0, 2], [0, 2, 0]]
     assert (cross.low[1, 0], cross.high[1, 0]) == wilson_interval(16, 20)
@@ -73,7 +76,7 @@ def test_a_cycle_is_flagged_and_called_sure_where_it_is() -> None:
 def test_roles_are_rated_apart() -> None:
     """Whoever attacks wins 15 of 20; random is the weaker in either role."""
     records = [record(0, 0, 15), record(0, 1, 12), record(1, 0, 18), record(1, 1, 15)]
-    cross = summarise(records, [pin("random"), pin("a")], env="desk", roles=("attack", "defend"))
+    cross = summarise(records, [RANDOM, pin("a")], env="desk", roles=("attack", "defend"))
     assert cross.win_rate.tolist() == [[0.75, 0.6], [0.9, 0.75]]  # not complementary: other games
     rated = dict(zip(cross.ratings.names, cross.ratings.rating, strict=True))
     assert list(rated) == ["random@attack", "a@attack", "random@defend", "a@defend"]
@@ -84,11 +87,32 @@ def test_roles_are_rated_apart() -> None:
     assert cross.as_dict()["roles"] == ["attack", "defend"]
 
 
+def test_the_anchor_is_the_builtin_and_no_file_of_its_name() -> None:
+    records = [record(0, 0, 10), record(0, 1, 4), record(1, 1, 10)]
+    for roles in ((), ("attack", "defend")):
+        games = [*records, record(1, 0, 16)] if roles else records
+        named = summarise(games, [pin("random"), pin("x", "builtin://arena/random")], env="desk", roles=roles)
+        rated = dict(zip(named.ratings.names, named.ratings.anchored, strict=True))
+        assert [name for name, anchored in rated.items() if anchored] == ["x@attack" if roles else "x"]
+    free = summarise(records, [pin("random"), pin("a")], env="desk", roles=())
+    assert free.ratings.anchored == (False, False)
+    assert sum(free.ratings.rating) == pytest.approx(0)
+
+
+def test_a_tie_is_half_exactly_however_many_games_it_counts_as() -> None:
+    """Rounding that broke ties would make triples, and cycles, of policies that are even."""
+    for effective in np.linspace(10, 20, 200).tolist():
+        pairs = [replace(record(i, j, 10), effective_episodes=effective) for i in range(3) for j in range(i, 3)]
+        cross = summarise(pairs, [RANDOM, pin("a"), pin("b")], env="desk", roles=())
+        assert (cross.win_rate == 0.5).all()
+        assert cross.intransitive_share == cross.sure_intransitive_share == 0
+
+
 def test_what_goes_into_the_file() -> None:
     records = [record(0, 0, 10), record(0, 1, 5), record(1, 1, 10)]
-    facts = json.loads(json.dumps(summarise(records, [pin("random"), pin("b")], env="desk", roles=()).as_dict()))
+    facts = json.loads(json.dumps(summarise(records, [RANDOM, pin("b")], env="desk", roles=()).as_dict()))
     assert facts["policies"] == [
-        {"name": "random", "uri": "file:///random", "sha256": "random" * 8},
+        {"name": "random", "uri": "builtin://arena/random", "sha256": "random" * 8},
         {"name": "b", "uri": "file:///b", "sha256": "b" * 8},
     ]
     assert facts["win_rate"] == [[0.5, 0.25], [0.75, 0.5]]

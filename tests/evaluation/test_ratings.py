@@ -16,6 +16,7 @@ Floats = NDArray[np.float64]
 REPETITIONS = 200
 STRENGTHS = (0.0, -0.5, 0.4, 1.0, 2.2, 3.5)  # log strengths; the outer two meet as 1 to 55
 NAMES = ("random", "a", "b", "c", "d", "e")
+AT_0 = {"random": 0.0}
 
 
 def table(*rows: list[float]) -> Floats:
@@ -83,7 +84,7 @@ def test_with_draws_the_intervals_are_too_wide_and_never_too_narrow(games_a_pair
 
 def test_two_policies_by_hand() -> None:
     # 3 to 1: odds of 3 less the prior's pull; 4 - 4 / (1 + e^-d) - 1 = d / (2 PRIOR_SD^2) has the root below
-    ratings = fit_ratings(table([0, 30], [10, 0]), table([0, 40], [40, 0]), ["a", "random"])
+    ratings = fit_ratings(table([0, 30], [10, 0]), table([0, 40], [40, 0]), ["a", "random"], anchors=AT_0)
     assert ratings.anchored == (False, True)
     assert (ratings.rating[1], ratings.low[1], ratings.high[1]) == (0.0, 0.0, 0.0)
     d = ratings.rating[0] / ELO
@@ -93,7 +94,7 @@ def test_two_policies_by_hand() -> None:
     assert ratings.high[0] - ratings.rating[0] == pytest.approx(1.959964 / math.sqrt(information) * ELO, rel=1e-6)
     assert ratings.rating[0] - ratings.low[0] == pytest.approx(ratings.high[0] - ratings.rating[0])
     # Elo's scale: 10 to 1 in many games is 400 points
-    many = fit_ratings(table([0, 1e6], [1e5, 0]), table([0, 1.1e6], [1.1e6, 0]), ["a", "random"])
+    many = fit_ratings(table([0, 1e6], [1e5, 0]), table([0, 1.1e6], [1.1e6, 0]), ["a", "random"], anchors=AT_0)
     assert many.rating[0] == pytest.approx(400, abs=0.01)
     # without an anchor each is half of the difference from the mean, and half as unsure
     free = fit_ratings(table([0, 30], [10, 0]), table([0, 40], [40, 0]), ["a", "b"])
@@ -103,7 +104,7 @@ def test_two_policies_by_hand() -> None:
 
 
 def test_draws_are_half_a_win() -> None:
-    all_drawn = fit_ratings(table([0, 20], [20, 0]), table([0, 40], [40, 0]), ["a", "random"])
+    all_drawn = fit_ratings(table([0, 20], [20, 0]), table([0, 40], [40, 0]), ["a", "random"], anchors=AT_0)
     assert all_drawn.rating[0] == pytest.approx(0.0, abs=1e-9)
 
 
@@ -124,7 +125,7 @@ def test_several_anchors_hold_and_narrow_what_lies_between() -> None:
     strengths = (0.0, 2.0, 4.0)
     wins = play(strengths, 200, 0.0, np.random.default_rng(0))
     names = ["random", "a", "strong"]
-    one = fit_ratings(wins, wins + wins.T, names)
+    one = fit_ratings(wins, wins + wins.T, names, anchors=AT_0)
     two = fit_ratings(wins, wins + wins.T, names, anchors={"random": 0.0, "strong": 4 * ELO, "absent": 7.0})
     assert two.anchored == (True, False, True)
     assert two.rating[2] == two.low[2] == two.high[2] == pytest.approx(4 * ELO)
@@ -134,7 +135,9 @@ def test_several_anchors_hold_and_narrow_what_lies_between() -> None:
 
 def test_a_wide_confidence_is_a_wide_interval() -> None:
     wins, games = table([0, 30], [10, 0]), table([0, 40], [40, 0])
-    half, nearly_all = (fit_ratings(wins, games, ["a", "random"], confidence=confidence) for confidence in (0.5, 0.99))
+    half, nearly_all = (
+        fit_ratings(wins, games, ["a", "random"], anchors=AT_0, confidence=confidence) for confidence in (0.5, 0.99)
+    )
     ratio = (nearly_all.high[0] - nearly_all.low[0]) / (half.high[0] - half.low[0])
     assert ratio == pytest.approx(2.575829 / 0.674490, rel=1e-5)
 
@@ -158,7 +161,7 @@ def test_roles_that_are_unequal_are_players_of_their_own() -> None:
 def test_policies_that_no_game_connects_are_an_error() -> None:
     games = table([0, 10, 0, 0], [10, 0, 0, 0], [0, 0, 0, 10], [0, 0, 10, 0])
     with pytest.raises(ConfigError, match="no games connect c, d with random, b, so"):
-        fit_ratings(games / 2, games, ["random", "b", "c", "d"])
+        fit_ratings(games / 2, games, ["random", "b", "c", "d"], anchors=AT_0)
     with pytest.raises(ConfigError, match="no games connect c, d with a, b, so"):
         fit_ratings(games / 2, games, ["a", "b", "c", "d"])
     # an anchor on both sides connects both with the scale; a chain of games connects too
@@ -184,8 +187,8 @@ def test_matrices_that_are_no_record_of_games_are_refused() -> None:
 def test_the_diagonal_says_nothing_and_the_matrices_stay_as_they_are() -> None:
     wins, games = table([7, 30], [10, 9]), table([14, 40], [40, 18])
     before = wins.copy(), games.copy()
-    with_diagonal = fit_ratings(wins, games, ["a", "random"])
-    assert with_diagonal == fit_ratings(table([0, 30], [10, 0]), table([0, 40], [40, 0]), ["a", "random"])
+    with_diagonal = fit_ratings(wins, games, ["a", "random"], anchors=AT_0)
+    assert with_diagonal == fit_ratings(table([0, 30], [10, 0]), table([0, 40], [40, 0]), ["a", "random"], anchors=AT_0)
     assert (wins == before[0]).all()
     assert (games == before[1]).all()
 

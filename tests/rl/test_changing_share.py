@@ -15,6 +15,9 @@ from dual_policy_plugin.checkpoint import decode_policy
 from dual_policy_plugin.config import Config
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.pool_config import ShareSchedule
+from dual_policy_plugin.rng import LOW_31_BITS, hash32
+from dual_policy_plugin.run_state import Counters
+from dual_policy_plugin.seating import later_seed
 from dual_policy_plugin.train import train
 from tests.rl.test_dual_policy_training import small_config
 
@@ -121,3 +124,10 @@ def test_held_out_policies_are_evaluated_and_have_no_say_in_the_objective(tmp_pa
     result = train(config)
     assert [match["opponent"] for match in result["evals"]] == ["random", "hunter"]
     assert result["objective"] == result["evals"][0]["win_rate"]
+
+
+def test_episodes_after_a_change_are_those_of_no_evaluation() -> None:
+    """`dual-policy evaluate` plays the seed's rounds as hash32(seed, round)."""
+    later = {later_seed(Config(seed=1), Counters(iteration=i)) for i in range(2000)}
+    assert len(later) == 2000
+    assert not later & {int(hash32(1, i)) & LOW_31_BITS for i in range(2000)}

@@ -19,7 +19,7 @@ from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.config import Config
 from dual_policy_plugin.envs.arena import Arena
 from dual_policy_plugin.envs.arena_config import ArenaConfig
-from dual_policy_plugin.errors import DigestError, RunError
+from dual_policy_plugin.errors import ConfigError, DigestError, RunError
 from dual_policy_plugin.experience import allocate_experience
 from dual_policy_plugin.policies.build import build_policy
 from dual_policy_plugin.policies.pool import Npc, NpcPool
@@ -221,6 +221,53 @@ def test_a_snapshot_that_is_gone_or_changed_stops_the_resume(tmp_path: Path) -> 
     assert lines(tmp_path / "run")[-1]["iteration"] == 12
 
 
+def test_a_held_out_policy_may_be_no_snapshot_of_the_run(tmp_path: Path) -> None:
+    play(tmp_path)
+    snapshot = tmp_path / "run/checkpoints/model_0006.safetensors"
+    held = [f"evals.held_out=[{snapshot}]", "evals.episodes=4"]
+    with pytest.raises(ConfigError, match=rf"evals.held_out={snapshot} is the NPC snapshot-6 of this run"):
+        play(tmp_path, *held, iterations=12)
+    with pytest.raises(ConfigError, match=r"evals.held_out=.* is the NPC run.model_0006 of this run"):
+        play(tmp_path, *held, f"trainer.initial_policy.uri={snapshot}", run="begins-as-it")
+    npc = f"{DUAL}.checkpoint_npc.uri=builtin://arena/random"  # then the learner as it begins is no NPC
+    result = play(tmp_path, *held, npc, f"trainer.initial_policy.uri={snapshot}", run="other", iterations=1)
+    assert [one["opponent"] for one in result["evals"]] == ["random", "run.model_0006"]
+
+
+def test_held_out_policies_alone_give_no_objective(tmp_path: Path) -> None:
+    held = ["evals.held_out=[builtin://arena/forager]", "evals.episodes=4", "env.num_agents=8"]
+    result = play(tmp_path, *held)
+    assert result["evals"][0]["learner_return"] != result["evals"][0]["win_rate"]
+    returns = [
+        line["dual_policy/policy_a_reward"] for line in lines(tmp_path / "run") if "dual_policy/win_rate" in line
+    ]
+    assert result["objective"] == returns[-1] != result["evals"][0]["win_rate"]
+
+
+def test_evaluations_against_nobody_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"trainer.evaluate_interval=2 has nobody to evaluate against.*evals.oppon"):
+        play(tmp_path, "trainer.evaluate_interval=2", "evals.episodes=4")
+    play(tmp_path, "trainer.evaluate_interval=2", "evals.episodes=0", iterations=1)
+
+
+def test_snapshots_wait_for_nobody_while_all_agents_learn(tmp_path: Path) -> None:
+    """A run that is stopped then goes on as the run that never stopped: no env plays the NPC it played before."""
+    schedule = [
+        f"{DUAL}.pct_schedule.type=steps", f"{DUAL}.pct_schedule.at=[1500,5000]",
+        f"{DUAL}.pct_schedule.values=[1.0,0.5]", f"{DUAL}.self_play.snapshot_interval=1", "trainer.keep_checkpoints=30",
+    ]  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    play(whole, *schedule, iterations=26, episode=48)
+    play(parts, *schedule, iterations=13, episode=48)
+    assert lines(parts / "run")[-1]["dual_policy/policy_a_agent_count"] == 8.0
+    names = [slot["name"] for slot in state_of(parts / "run")[0]["slots"]]
+    assert not {"snapshot-0", "snapshot-1"} & set(names)  # retired, and not held up by the envs that played them
+    play(parts, *schedule, iterations=26, episode=48)
+    assert lines(whole / "run")[-1]["dual_policy/policy_a_agent_count"] == 4.0
+    assert lines(whole / "run") == lines(parts / "run")
+    assert state_of(whole / "run")[0] == state_of(parts / "run")[0]
+
+
 def test_the_gate_makes_a_snapshot_too(tmp_path: Path) -> None:
     config = f"{DUAL}.self_play.snapshot_interval=null"
     play(tmp_path, config, f"{DUAL}.self_play.gate=0.05", episode=4, run="low")
@@ -331,18 +378,18 @@ def check_log(recorded: Recorded, npc_seats: list[int]) -> list[tuple[int, bool]
 RANK = """
 import json, sys
 from pathlib import Path
-import dual_policy_plugin.train as program
+from dual_policy_plugin import snapshots, train
 from tests.rl.test_self_play import compose
 note = []
-advance = program.advance_pool
+advance = snapshots.advance_pool
 def noting(roster, pool, run, ranks):
     advance(roster, pool, run, ranks)
     sums = [float(pool.weights(k)["weight_ih"].double().sum()) for k in range(len(pool.npcs))]
     note.append([roster.as_dict(), [npc.name for npc in pool.npcs], sums, pool.probabilities.tolist()])
     Path(sys.argv[1], f"{ranks.rank}.json").write_text(json.dumps(note))
-program.advance_pool = noting
+snapshots.advance_pool = noting
 config, text = compose(Path(sys.argv[1]), iterations=2 * int(sys.argv[2]))
-program.train(config, resolved_yaml=text)
+train.train(config, resolved_yaml=text)
 """
 
 
@@ -353,7 +400,7 @@ def test_all_ranks_have_one_roster_and_one_pool(tmp_path: Path) -> None:
         assert [process.returncode for process in done] == [0, 0], done
         first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
         assert first == second
-        assert len(first) == (6 if iterations == "6" else 4)
+        assert len(first) == (1 + 6 if iterations == "6" else 4)  # one before the first iteration
     names, sums = first[-1][1:3]
     assert len([name for name in names if name]) >= 2
     assert len(set(sums)) > 1
