@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
+from dual_policy_plugin.devices import choose_device
 from dual_policy_plugin.envs.arena import Arena, make_arena
-from dual_policy_plugin.parts import choose_device
 
 ROUNDS = 7
 STEPS_PER_ROUND = 128

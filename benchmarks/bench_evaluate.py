@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 import torch
 
+from dual_policy_plugin.devices import choose_device
 from dual_policy_plugin.envs.arena import Arena, make_arena
 from dual_policy_plugin.evaluation.matches import plan_rounds, play_pairings, seatings_of
 from dual_policy_plugin.memory import keep_freed_memory
-from dual_policy_plugin.parts import choose_device
 from dual_policy_plugin.policies.build import build_policy, compute_dtype
 from dual_policy_plugin.policies.pool import Npc
 from dual_policy_plugin.rollout.assignment import assign

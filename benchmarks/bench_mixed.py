@@ -20,9 +20,9 @@ from benchmarks.floor import Rates
 from benchmarks.measure import Row, measure_cell
 from benchmarks.report_table import command, commit, header, line, machine
 from benchmarks.schemes import Cell
+from dual_policy_plugin.devices import choose_device
 from dual_policy_plugin.errors import DualPolicyError
 from dual_policy_plugin.memory import keep_freed_memory
-from dual_policy_plugin.parts import choose_device
 from dual_policy_plugin.policies.build import compute_dtype
 
 CELLS = ((1.0, 0), (0.75, 1), (0.5, 1), (0.25, 1), (0.5, 4), (0.5, 16))

@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.measure import wait_for
 from benchmarks.schemes import Cell, Scheme, make_ours
+from dual_policy_plugin.devices import choose_device
 from dual_policy_plugin.memory import keep_freed_memory
-from dual_policy_plugin.parts import choose_device
 
 POOLS = (1, 4, 16)
 STEPS = 8

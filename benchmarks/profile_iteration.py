@@ -23,9 +23,9 @@ from benchmarks.measure import iterate
 from benchmarks.report_table import command, commit, machine
 from benchmarks.schemes import Cell, make_ours
 from dual_policy_plugin.cuda_graph import WARM_UPS
+from dual_policy_plugin.devices import choose_device
 from dual_policy_plugin.errors import DualPolicyError
 from dual_policy_plugin.memory import keep_freed_memory
-from dual_policy_plugin.parts import choose_device
 
 _NAME_WIDTH = 90
 

@@ -13,7 +13,8 @@ from dual_policy_plugin.config import Config
 from dual_policy_plugin.distributed import Ranks
 from dual_policy_plugin.evaluation.matches import MatchResult
 from dual_policy_plugin.files import read_lines
-from dual_policy_plugin.parts import Parts, check_held_out
+from dual_policy_plugin.parts import Parts
+from dual_policy_plugin.players import check_held_out
 from dual_policy_plugin.policies.npcs import recorded_npcs
 from dual_policy_plugin.run_directory import RunDirectory
 from dual_policy_plugin.run_state import (
@@ -42,13 +43,13 @@ def resume(
     """Puts the run where it was stopped; a new one saves epoch 0, so that its beginning can be played against too."""
     initial, where = config.trainer.initial_policy, "" if run is None else str(run.path / "state" / STATE_NAME)
     if run is not None and saved is None:
-        if initial and initial.keep_optimizer and parts.initial:
-            keep_optimizer(parts.initial, parts.ppo)
+        if initial and initial.keep_optimizer and parts.players.initial:
+            keep_optimizer(parts.players.initial, parts.ppo)
         save_checkpoint(config.run, run, parts, counters, {}, None)
     if parts.roster is not None and parts.seatings.pool is not None:
         roster = read_roster(saved, where) if saved is not None else None
         start_pool(parts.roster, parts.seatings.pool, roster, run, ranks)
-        held_out = [entry for entry in parts.lock if entry.role == "held_out"]
+        held_out = [entry for entry in parts.players.lock if entry.role == "held_out"]
         check_held_out(held_out, {one.sha256: one.name for one in parts.roster.snapshots()})
     seating = parts.seatings(counters.num_learner or parts.assignment.num_learner)
     if run is not None and saved is None:
@@ -82,7 +83,7 @@ def save_checkpoint(
         "epoch": counters.iteration,
         "step": counters.agent_step,
         "metrics": figures,
-        "npcs": recorded_npcs(parts.lock),
+        "npcs": recorded_npcs(parts.players.lock),
     }
     if parts.roster is not None and parts.roster.self_play is not None:
         metadata["snapshots"] = parts.roster.opponents()
@@ -98,7 +99,7 @@ def save_state(run: RunDirectory, parts: Parts, seating: Seating, counters: Coun
     run.save_state(STATE_NAME, state)
     if roster is not None:
         keep_snapshots(roster, run)
-    parts.hold.refresh()
+    parts.players.hold.refresh()
 
 
 def run_result(
@@ -124,7 +125,7 @@ def run_result(
         "iterations": counters.iteration,
         "elapsed_s": round(counters.elapsed_s, 3),
         "checkpoint": str(newest[1].relative_to(run.path)) if newest else None,
-        "npcs": [{"name": npc.name, "uri": npc.uri, "sha256": npc.sha256} for npc in parts.pinned],
+        "npcs": [{"name": npc.name, "uri": npc.uri, "sha256": npc.sha256} for npc in parts.players.npcs],
         "evals": [result.as_dict() for result in evals],
         "metrics": figures,
     }

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.config import Config
+from dual_policy_plugin.devices import choose_device
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.evaluate import SEED_OFFSET, evaluate_pinned
 from dual_policy_plugin.npc.resolver import resolve
-from dual_policy_plugin.parts import choose_device
 from dual_policy_plugin.train import train
 
 

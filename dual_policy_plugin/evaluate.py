@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dual_policy_plugin.config import Config, DualPolicyConfig, PolicySource
+from dual_policy_plugin.devices import check_triton
 from dual_policy_plugin.envs.build import make_env
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.evaluation.cross_play import CrossPlay, split_sides, summarise
@@ -155,6 +156,10 @@ def load_pinned(pinned: Sequence[PinnedPolicy], spec: EnvSpec, config: Config, d
 
 
 def _env_maker(config: Config, device: torch.device, make_host: Callable[..., Any] | None = None) -> MakeEnv:
+    has_kernels = config.trainer.fused and device.type == "cuda"
+    if has_kernels:
+        check_triton()
+
     def make(numbers: Sequence[int]) -> VecEnv:
         env = make_env(
             replace(config.env, num_envs=len(numbers)),
@@ -163,7 +168,7 @@ def _env_maker(config: Config, device: torch.device, make_host: Callable[..., An
             env_numbers=numbers,
             make_host=make_host,
         )
-        if config.trainer.fused and device.type == "cuda" and hasattr(env, "use_kernels"):
+        if has_kernels and hasattr(env, "use_kernels"):
             env.use_kernels = True  # the same games, bit for bit
         return env
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,22 @@ import torch
 from torch import nn
 
 from dual_policy_plugin.config import Config, TrainerConfig
+from dual_policy_plugin.devices import check_triton, use_kernels
 from dual_policy_plugin.distributed import Ranks
-from dual_policy_plugin.envs.build import env_bytes, make_env, num_processes
-from dual_policy_plugin.envs.workers import num_cores
+from dual_policy_plugin.envs.build import env_bytes, make_env
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.evaluate import assign_seats
 from dual_policy_plugin.experience import experience_bytes, scratch_bytes
 from dual_policy_plugin.learning.ppo import LOSS_NAMES, PpoSettings, PpoUpdate
 from dual_policy_plugin.memory import available_bytes, check_memory
-from dual_policy_plugin.npc.holds import Hold
-from dual_policy_plugin.npc.lock import LockEntry
-from dual_policy_plugin.npc.resolver import PinnedPolicy, hold_pinned, unique_names
+from dual_policy_plugin.players import Players, choose_opponents, pin_players
 from dual_policy_plugin.policies.build import compute_dtype
 from dual_policy_plugin.policies.learner import Learner, build_learner
-from dual_policy_plugin.policies.nets import FastPolicy
-from dual_policy_plugin.policies.npcs import Pins, Wish, load_npc, pin_policies
 from dual_policy_plugin.policies.pool import Npc, NpcPool, empty_slots
 from dual_policy_plugin.rollout.assignment import Assignment
 from dual_policy_plugin.rollout.episode_metrics import EpisodeMetrics
-from dual_policy_plugin.roster import Entry, Roster
-from dual_policy_plugin.seating import Seatings
+from dual_policy_plugin.roster import Roster
+from dual_policy_plugin.seating import Seating, Seatings
 from dual_policy_plugin.share_schedule import possible_counts
 from dual_policy_plugin.types import EnvSpec, VecEnv
 
@@ -47,14 +43,8 @@ log = logging.getLogger(__name__)
 class Parts:
     """The live objects of one run on one rank."""
 
-    pinned: list[PinnedPolicy]
-    """The NPCs of the config as they were pinned."""
-    lock: tuple[LockEntry, ...]
-    """Every policy that the run was given: NPCs, opponents, what the learner started from."""
-    hold: Hold
-    """Keeps them in the cache while the run lives."""
-    initial: PinnedPolicy | None
-    """What trainer.initial_policy named, as it was pinned."""
+    players: Players
+    """Every policy that the run was given, as it was pinned."""
     env: VecEnv
     assignment: Assignment
     """The seats that the run begins with, and that it is evaluated on."""
@@ -91,43 +81,29 @@ def build_parts(
     Raises:
         DualPolicyError: whatever would go wrong later.
     """
-    trainer, dual, initial = config.trainer, config.trainer.dual_policy, config.trainer.initial_policy
+    trainer, dual = config.trainer, config.trainer.dual_policy
     fused = trainer.fused and device.type == "cuda"
     if fused:
-        _check_triton()
+        check_triton()
     dtype = compute_dtype(trainer.precision, device)
 
-    # who plays: text -> pinned, verified bytes, the same on every rank
-    wishes = _wishes(config)
-    pins = pin_policies(wishes, run_path, given=dual.lock, seed=config.seed, ranks=ranks, device=device)
-    check_held_out(pins.of_role("held_out", wishes), _first_npcs(config, wishes, pins))
-    hold = stack.enter_context(hold_pinned([one for found in pins.policies for one in found]))
-    pinned = pins.of_role("npc", wishes)
-
-    # where they play, and on which seats
+    # who plays, where, and on which seats
+    players = pin_players(config, run_path, ranks, device, stack)
     env = _make_env(config, ranks, device, make_host, stack)
     spec = env.spec
     assignment = assign_seats(spec.num_agents, dual)
-
-    def load_all(role: str) -> list[Npc]:
-        return [
-            load_npc(wish.source, pin, spec, config.agent, dtype=dtype, device=device)
-            for wish, found in zip(wishes, pins.policies, strict=True)
-            for pin in found
-            if wish.role == role
-        ]
-
-    npcs = load_all("npc")
-    opponents, held_out = _opponents(config, npcs, load_all("opponent"), load_all("held_out"), assignment)
+    npcs, named, held = (
+        players.load(role, config, spec, dtype=dtype, device=device) for role in ("npc", "opponent", "held_out")
+    )
+    opponents, held_out = choose_opponents(config, npcs, named, held, assignment)
 
     # who learns
-    initial_pin = next(iter(pins.of_role("initial", wishes)), None)
     learner = build_learner(
         config.agent,
         spec,
         seed=config.seed,
-        initial=initial_pin,
-        initial_agent=initial.agent if initial else None,
+        initial=players.initial,
+        initial_agent=trainer.initial_policy.agent if trainer.initial_policy else None,
         dtype=dtype,
         device=device,
     )
@@ -135,10 +111,10 @@ def build_parts(
     all_policies = [learner.policy, *(npc.policy for npc in npcs), *[learner.policy] * num_free]
     _check_fits(config, spec, assignment, all_policies, device)
     slots = npcs + empty_slots(learner.policy, num_free)  # copied before the update makes its parameters views
-    roster = _begin_roster(config, wishes, pins) if slots else None
+    roster = Roster.begin(players.entries(), dual.matchmaking, dual.self_play) if slots else None
 
     # what an update and a rollout need, allocated once
-    how_update = _use_kernels(env, learner.inner, device, fused=fused)
+    how_update = use_kernels(env, learner.inner, device, fused=fused)
     ppo = PpoUpdate(
         learner.policy,
         PpoSettings(**{field.name: getattr(trainer, field.name) for field in fields(PpoSettings)}),
@@ -153,27 +129,10 @@ def build_parts(
     seatings = Seatings(config, env, assignment, learner.policy, pool)
     seating = seatings(assignment.num_learner)
     _check_best_metric(config, seating.metrics, opponents)
-    facts = {
-        "num_envs": spec.num_envs,
-        "policy_a_agents": assignment.num_learner,
-        "npc_agents": assignment.num_npc,
-        "policy_a_seats": list(assignment.learner_seats),
-        "npc_seats": list(assignment.npc_seats),
-        "device": str(device),
-        "precision": str(dtype).removeprefix("torch."),
-        **(
-            {"rollout": seating.how, "update": how_update}
-            if device.type == "cuda"
-            else {"threads": torch.get_num_threads()}
-        ),
-        "npcs": {npc.name: f"{npc.uri} sha256:{npc.sha256[:12]}" for npc in pinned},
-    }
-    log.info("Dual-policy system initialized: %s", facts)
+    update = {"update": how_update} if device.type == "cuda" else {}
+    log.info("Dual-policy system initialized: %s", _facts(players, seating, spec, dtype, device) | update)
     return Parts(
-        pinned=pinned,
-        lock=pins.entries,
-        hold=hold,
-        initial=initial_pin,
+        players=players,
         env=env,
         assignment=assignment,
         learner=learner,
@@ -185,53 +144,23 @@ def build_parts(
     )
 
 
-def _wishes(config: Config) -> list[Wish]:
-    """Every policy that the config names, with what it is to the run."""
-    wishes = [Wish(source=source, role=role) for role, source in config.policies]
-    asked = [wish.requested for wish in wishes if wish.role == "npc"]
-    if twice := next((one for one in asked if asked.count(one) > 1), None):
-        raise ConfigError(
-            f"trainer.dual_policy.pool names {twice} twice; name it once, with a weight if it is to count"
-        )
-    return wishes
-
-
-def _begin_roster(config: Config, wishes: list[Wish], pins: Pins) -> Roster:
-    """The roster of a new run."""
-    dual = config.trainer.dual_policy
-    npcs = [
-        Entry(
-            name=pin.name,
-            sha256=pin.sha256,
-            weight=1.0 if wish.source.weight is None else wish.source.weight,
-            born=-place if wish.source.type == "latest" else 0,  # that selector gives the newest first
-        )
-        for wish, found in zip(wishes, pins.policies, strict=True)
-        for place, pin in enumerate(found)
-        if wish.role == "npc"
-    ]
-    return Roster.begin(npcs, dual.matchmaking, dual.self_play)
-
-
-def _first_npcs(config: Config, wishes: list[Wish], pins: Pins) -> dict[str, str]:
-    """sha256 -> name of the NPCs that a run begins with; where self-play has no other, the learner as it begins."""
-    is_learner = config.trainer.dual_policy.self_play is not None and not pins.of_role("npc", wishes)
-    return {pin.sha256: pin.name for pin in pins.of_role("initial" if is_learner else "npc", wishes)}
-
-
-def check_held_out(held_out: Iterable[PinnedPolicy | LockEntry], npcs: Mapping[str, str]) -> None:
-    """Raises a ConfigError where a held-out policy is an NPC of the run, by its bytes and not by its name.
-
-    Args:
-        held_out: the policies of evals.held_out.
-        npcs: sha256 -> name.
-    """
-    for held in held_out:
-        if held.sha256 in npcs:
-            raise ConfigError(
-                f"evals.held_out={held.requested} is the NPC {npcs[held.sha256]} of this run (sha256 "
-                f"{held.sha256[:12]}); hold out a policy that the learner does not train against"
-            )
+def _facts(
+    players: Players, seating: Seating, spec: EnvSpec, dtype: torch.dtype, device: torch.device
+) -> dict[str, object]:
+    """What the first log line says of a run."""
+    assignment = seating.assignment
+    how = {"rollout": seating.how} if device.type == "cuda" else {"threads": torch.get_num_threads()}
+    return {
+        "num_envs": spec.num_envs,
+        "policy_a_agents": assignment.num_learner,
+        "npc_agents": assignment.num_npc,
+        "policy_a_seats": list(assignment.learner_seats),
+        "npc_seats": list(assignment.npc_seats),
+        "npcs": {npc.name: f"{npc.uri} sha256:{npc.sha256[:12]}" for npc in players.npcs},
+        "device": str(device),
+        "precision": str(dtype).removeprefix("torch."),
+        **how,
+    }
 
 
 def _make_env(
@@ -242,104 +171,6 @@ def _make_env(
     first_env = ranks.rank * num_envs
     env = make_env(config.env, device=device, num_workers=num_workers, first_env=first_env, make_host=make_host)
     return stack.enter_context(closing(env))
-
-
-def _opponents(
-    config: Config, npcs: list[Npc], named: list[Npc], held_out: list[Npc], assignment: Assignment
-) -> tuple[list[Npc], frozenset[str]]:
-    """Whom the learner is evaluated against, each with a name of its own, and which of those names are held out.
-
-    Raises:
-        ConfigError: there is no seat for an opponent that was named.
-    """
-    for key, uris in (("opponents", config.evals.opponents), ("held_out", config.evals.held_out)):
-        if uris and assignment.num_npc == 0:
-            raise ConfigError(
-                f"evals.{key}={uris} would find no seat: all agents learn; "
-                f"switch an NPC on (trainer.dual_policy), or use evals.{key}=[]"
-            )
-    opponents = named or npcs
-    interval = config.trainer.evaluate_interval
-    if interval and config.evals.episodes and not opponents and not held_out:
-        mend = (
-            "name some in evals.opponents, for example [builtin://arena/medium]" if assignment.num_npc else "use null"
-        )
-        raise ConfigError(
-            f"trainer.evaluate_interval={interval} has nobody to evaluate against, no NPC is named; {mend}"
-        )
-    names = unique_names([npc.name for npc in [*opponents, *held_out]])
-    renamed = [replace(npc, name=name) for npc, name in zip([*opponents, *held_out], names, strict=True)]
-    return renamed, frozenset(names[len(opponents) :])
-
-
-def set_threads(config: Config, make_host: Callable[..., Any] | None = None) -> None:
-    """As many CPU threads as `trainer.threads` says; without it as many cores as the env's workers leave free.
-
-    torch's threads spin between two operations: on a worker's core they cost the env 3 to 10 times its step.
-    """
-    num_free = num_cores() - num_processes(config.env, config.trainer.num_workers, make_host)
-    torch.set_num_threads(config.trainer.threads or max(1, num_free))
-
-
-def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
-    """The device that `device=` names; auto takes CUDA where there is one. A GPU becomes the current one: kernels and
-    graphs are launched there.
-
-    Args:
-        name: auto, cpu, cuda or cuda:N.
-        local_rank: which process of this machine we are: auto and cuda give each its own GPU.
-
-    Raises:
-        ConfigError: no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and torch.cuda.device_count() > 0:
-        # with its number, which set_device wants; a process that sees one GPU was given that one
-        name = f"cuda:{local_rank if torch.cuda.device_count() > 1 else 0}"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device={name} is not known; use auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device={name} is not supported; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        there = torch.cuda.device_count()
-        raise ConfigError(f"device={name} is not there, torch sees {there} CUDA devices; use auto or cpu")
-    try:
-        if device.type == "cuda":
-            torch.cuda.set_device(device.index)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"device={name} does not work here ({reason}); use auto or cpu") from error
-    return device
-
-
-def _check_triton() -> None:
-    """Without Triton a GPU would run, silently, at a fraction of its speed."""
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            "trainer.fused=true needs the package triton, which is not installed; pip install triton, or use false"
-        ) from error
-
-
-def _use_kernels(env: VecEnv, learner: nn.Module, device: torch.device, *, fused: bool) -> str:
-    """Switches on the kernels of env and learner, where they have some; gives what the log says of the update."""
-    if not fused:
-        return "plain torch"
-    from dual_policy_plugin.kernels.lstm import supports
-
-    if hasattr(env, "use_kernels"):
-        env.use_kernels = True
-    if not hasattr(learner, "use_kernels"):
-        return "plain torch in one CUDA graph: this agent has no kernels"
-    if isinstance(learner, FastPolicy) and not supports(learner.hidden_size, learner.compute_dtype, device):
-        return f"plain torch in one CUDA graph: no LSTM kernel for agent.hidden_size={learner.hidden_size}"
-    learner.use_kernels = True  # type: ignore[assignment]
-    return "fused kernels in one CUDA graph"
 
 
 def _check_best_metric(config: Config, metrics: EpisodeMetrics, opponents: list[Npc]) -> None:

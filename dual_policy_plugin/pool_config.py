@@ -104,8 +104,8 @@ class SelfPlayConfig:
     snapshot_interval: int | None = None
     """Iterations between two snapshots; None: only when the gate is passed."""
     gate: float | None = None
-    """A snapshot is also made when the learner's win rate since the last one exceeds this, as the lower end of its
-    95 % interval (Wilson) says; None: only every snapshot_interval."""
+    """A snapshot is also made when the learner's win rate since the last one is above this, as a sequential test finds
+    (error rate 5 %); None: only every snapshot_interval."""
     window: int = 8
     """How many snapshots stay in the pool, the newest; those of the config always stay."""
 

@@ -15,11 +15,13 @@ from typing import Any
 
 from dual_policy_plugin import matchmaking
 from dual_policy_plugin.errors import ConfigError, RunError
-from dual_policy_plugin.evaluation.intervals import wilson_interval
+from dual_policy_plugin.evaluation.sequential import sprt
 from dual_policy_plugin.matchmaking import Record
 from dual_policy_plugin.pool_config import MatchmakingConfig, SelfPlayConfig
 
 EMPTY, PLAYING, RETIRED = "empty", "playing", "retired"
+_ERROR = 0.05
+"""Error rate of the gate that makes snapshots, of either kind."""
 _log = logging.getLogger(__name__)
 
 
@@ -95,15 +97,21 @@ class Roster:
     def is_due(self, iteration: int) -> bool:
         """Whether the learner of now, after `iteration`, is to become a snapshot.
 
-        The gate looks after every iteration: the more often one looks, the likelier it is that luck alone brings the
-        interval above it once, so the gate is a little more generous than its 95 % say.
+        The gate is a sequential test, whose error rate holds however often it looks. Where it finds that the win rate
+        is not above `gate`, it begins anew with the games to come: the learner of those is another one.
         """
         config = self.self_play
         if config is None or iteration == self.newest:
             return False
         if config.snapshot_interval is not None and iteration - self.newest >= config.snapshot_interval:
             return True
-        return config.gate is not None and wilson_interval(self.since.wins, self.since.games)[0] > config.gate
+        if config.gate is None:
+            return False
+        better = config.gate + (1 - config.gate) / 4
+        verdict = sprt(self.since.wins, int(self.since.games), p0=config.gate, p1=better, alpha=_ERROR, beta=_ERROR)
+        if verdict.passed is False:
+            self.since = Record()
+        return verdict.passed is True
 
     def take(self, epoch: int, sha256: str) -> None:
         """Notes the snapshot of an iteration, which moves in with `advance`.

@@ -17,12 +17,13 @@ import torch
 
 from dual_policy_plugin.config import Config, TrainerConfig
 from dual_policy_plugin.continuation import last_figures, open_run, resume, run_result, save_checkpoint, save_state
+from dual_policy_plugin.devices import choose_device, set_threads
 from dual_policy_plugin.distributed import join_ranks, leave_ranks
 from dual_policy_plugin.evaluate import as_metrics, evaluate
 from dual_policy_plugin.evaluation.matches import MatchResult
 from dual_policy_plugin.memory import keep_freed_memory
 from dual_policy_plugin.npc.lock import lock_facts
-from dual_policy_plugin.parts import Parts, build_parts, choose_device, set_threads
+from dual_policy_plugin.parts import Parts, build_parts
 from dual_policy_plugin.report.iteration import Laps, Score, iteration_figures, iteration_timing
 from dual_policy_plugin.report.run_log import RunLog
 from dual_policy_plugin.rollout.collector import start_rollouts
@@ -60,8 +61,8 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
         stack.callback(leave_ranks)
         run = stack.enter_context(open_run(config, resolved_yaml)) if ranks.is_first else None
         parts = build_parts(config, run.path if run else None, ranks, device, make_host, stack)
-        if run is not None and parts.lock:
-            run.record_lock(lock_facts(parts.lock))
+        if run is not None and parts.players.lock:
+            run.record_lock(lock_facts(parts.players.lock))
         env, ppo = parts.env, parts.ppo
         first_env = ranks.rank * env.spec.num_envs
 
@@ -73,7 +74,7 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
         if counters.iteration and not (run and hasattr(env, "state_dict")):
             # no state to go on from: new episodes, or a run that is often stopped would see its first ones only
             env.reset(later_seed(config, counters), stagger=True)
-        log = stack.enter_context(RunLog(run, config, parts.pinned)) if run else None
+        log = stack.enter_context(RunLog(run, config, parts.players.npcs)) if run else None
         score, figures = Score(trainer.best_metric), last_figures(run) if run else {}
         start_rollouts(env, seating.mixed, seating.experience)
         laps, clock = Laps(device), time.perf_counter()

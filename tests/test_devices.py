@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dual_policy_plugin import parts
+from dual_policy_plugin import devices
 from dual_policy_plugin.cuda_graph import WARM_UPS, CapturedCall
 from dual_policy_plugin.errors import ConfigError, RunError
 from dual_policy_plugin.rollout.captured import choose_play
@@ -27,10 +27,10 @@ def test_a_gpu_has_its_number(monkeypatch: pytest.MonkeyPatch, count: int, local
     asked: list[Any] = []
     current: list[int] = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    monkeypatch.setattr(parts.torch, "zeros", lambda *_, device: asked.append(device))
+    monkeypatch.setattr(devices.torch, "zeros", lambda *_, device: asked.append(device))
     for name in ("auto", "cuda"):
-        assert parts.choose_device(name, local_rank=local_rank) == torch.device("cuda", index)
-    assert parts.choose_device("cuda:0", local_rank=local_rank) == torch.device("cuda", 0)
+        assert devices.choose_device(name, local_rank=local_rank) == torch.device("cuda", index)
+    assert devices.choose_device("cuda:0", local_rank=local_rank) == torch.device("cuda", 0)
     assert len(asked) == 3
     assert current == [index, index, 0]  # kernels are launched on the current one
 
@@ -38,9 +38,9 @@ def test_a_gpu_has_its_number(monkeypatch: pytest.MonkeyPatch, count: int, local
 def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert parts.choose_device("auto") == torch.device("cpu")
+    assert devices.choose_device("auto") == torch.device("cpu")
     with pytest.raises(ConfigError, match="device=cuda is not there, torch sees 0 CUDA devices"):
-        parts.choose_device("cuda")
+        devices.choose_device("cuda")
 
 
 def test_a_released_update_holds_no_graph() -> None:
@@ -64,7 +64,7 @@ def test_a_gpu_without_triton_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ConfigError, match=r"trainer\.fused=true needs the package triton.*; pip install triton, or use"
     ):
-        parts._check_triton()
+        devices.check_triton()
 
 
 def test_what_cannot_be_recorded_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

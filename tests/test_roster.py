@@ -103,17 +103,22 @@ def test_the_interval_counts_from_the_last_snapshot() -> None:
     assert [i for i in range(10, 25) if roster.is_due(i)] == [20, 21, 22, 23, 24]
 
 
-def test_the_gate_is_passed_by_the_lower_end_of_the_interval() -> None:
+def test_the_gate_is_a_sequential_test_that_begins_anew_where_it_fails() -> None:
+    """gate 0.5 against 0.625: a win adds log 1.25, a loss log 0.75; log 20 passes, -log 20 fails."""
     roster = begin(1, interval=None, gate=0.5)
     zeros = [0.0] * 3
     assert not roster.is_due(1)
-    roster.add([55.0, *zeros], [100.0, *zeros])  # Wilson: 0.452 to 0.644
+    roster.add([55.0, *zeros], [100.0, *zeros])  # -0.67
     assert not roster.is_due(2)
-    roster.add([54.5, *zeros], [90.0, *zeros])  # 109.5 of 190: 0.505 to 0.644
-    assert roster.is_due(3)
-    roster.take(3, "")
-    assert not roster.is_due(4)  # counted anew
-    assert roster.slots[0].record == Record(wins=109.5, games=190.0)  # the payoffs stay
+    assert roster.since == Record(wins=55.0, games=100.0)
+    roster.add([5.0, *zeros], [40.0, *zeros])  # 60 of 140: -9.6
+    assert not roster.is_due(3)
+    assert roster.since == Record()
+    roster.add([115.0, *zeros], [190.0, *zeros])  # 4.1, though 175 of 330 would not pass
+    assert roster.is_due(4)
+    roster.take(4, "")
+    assert not roster.is_due(5)  # counted anew
+    assert roster.slots[0].record == Record(wins=175.0, games=330.0)  # the payoffs stay
 
 
 def test_payoffs_belong_to_the_npc_and_not_to_the_slot() -> None:

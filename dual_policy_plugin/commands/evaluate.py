@@ -66,10 +66,10 @@ def run(words: list[str]) -> int:
             _check_writable(path)
 
     from dual_policy_plugin.composition import compose_config
+    from dual_policy_plugin.devices import choose_device, set_threads
     from dual_policy_plugin.evaluate import cross_play
     from dual_policy_plugin.files import publish, publish_json
     from dual_policy_plugin.npc.resolver import resolve, unique_names
-    from dual_policy_plugin.parts import choose_device, set_threads
 
     config, _ = compose_config(request.overrides)
     with contextlib.redirect_stdout(sys.stderr):  # whatever a client library prints

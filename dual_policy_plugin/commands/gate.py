@@ -68,9 +68,9 @@ def _decide(
     Where the sides are not equal (roles, unequal numbers of seats), the match is played in both orders.
     """
 
+    from dual_policy_plugin.devices import choose_device, set_threads
     from dual_policy_plugin.evaluate import SEED_OFFSET, evaluate_pinned, read_spec
     from dual_policy_plugin.evaluation.matches import can_swap
-    from dual_policy_plugin.parts import choose_device, set_threads
     from dual_policy_plugin.rng import LOW_31_BITS, hash32
     from dual_policy_plugin.rollout.assignment import assign
 

@@ -24,9 +24,9 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 if not torch.cuda.is_available():
     pytest.exit("gpu_checks.py: torch sees no CUDA device here", returncode=2)
 
+from dual_policy_plugin.devices import choose_device
 from dual_policy_plugin.envs.arena_config import ArenaConfig
 from dual_policy_plugin.errors import ConfigError
-from dual_policy_plugin.parts import choose_device
 from tests.gpu import env_checks, kernel_checks, rollout_checks, run_checks
 from tests.gpu.rollout_checks import Size
 
