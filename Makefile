@@ -5,7 +5,7 @@ BIN := .venv/bin
 # where `make bench-gpu` writes its tables and JSON files
 OUT ?= benchmarks/results/gpu
 
-.PHONY: help setup demo test test-gpu check format bench bench-gpu builtins fuzz drill-curriculum oracle
+.PHONY: help setup demo test test-gpu check format bench bench-gpu builtins fuzz drill-curriculum oracle bench-curriculum
 
 help:
 	@echo "make demo     train against a built-in opponent for a minute and see who wins"
@@ -15,6 +15,7 @@ help:
 	@echo "make fuzz     ten thousand malformed and all hostile policy files"
 	@echo "make drill-curriculum   a curriculum sweep killed at 20 random moments ends as one that was not"
 	@echo "make oracle   poker, where the best answer to the NPC can be worked out: learners must find it; half an hour"
+	@echo "make bench-curriculum   does a ladder of NPCs help? the table of docs/results.md; half an hour"
 	@echo "make bench    speed of env and trainer, as tables; under six minutes"
 	@echo "make bench-gpu [OUT=folder]   the same on a GPU with 65,536 agents, and a profile; tables and JSON in the folder"
 
@@ -53,6 +54,9 @@ bench: setup
 	$(BIN)/python -m benchmarks.bench_env
 	$(BIN)/python -m benchmarks.bench_mixed
 	$(BIN)/python -m benchmarks.bench_pool
+
+bench-curriculum: setup
+	$(BIN)/python -m benchmarks.bench_curriculum
 
 # bash, because its pipefail lets a failed bench fail the target although `tee` does not
 bench-gpu: SHELL := bash

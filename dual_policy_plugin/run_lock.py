@@ -60,6 +60,25 @@ def unlock_run(descriptor: int) -> None:
         os.close(descriptor)
 
 
+def check_unlocked(folder: Path) -> None:
+    """Makes sure that no live process has the run at `folder`; a run that never began has none.
+
+    Raises:
+        RunError: one has.
+    """
+    path = folder / "run.lock"
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise file_error(error, path, "opened") from error
+    try:
+        _lock(descriptor, path)
+    finally:
+        os.close(descriptor)
+
+
 def _lock(descriptor: int, path: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import runpy
 import sys
 from collections import Counter
@@ -13,12 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_mixed, profile_iteration
+from benchmarks import bench_curriculum, bench_mixed, profile_iteration
 from benchmarks.floor import Job, Rates, Stream, floor_s, products, row_step_flops, streams, table_reads
 from benchmarks.measure import PARTS, CountError, bound_of, counted_iteration, iterate, measure_cell, wrapped
 from benchmarks.memory_use import PeakMemory, tensors_of
 from benchmarks.report_table import header, line
 from benchmarks.schemes import SCHEMES, Cell, Scheme, make_masked_both, make_ours
+from dual_policy_plugin.composition import compose_config
+from dual_policy_plugin.curriculum.state import ChosenPolicy, SweepState, write_state
+from dual_policy_plugin.curriculum.state import Job as SweepJob
+from dual_policy_plugin.errors import RunError
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -281,3 +286,86 @@ def test_a_profile_lists_what_took_longest_first() -> None:
 def test_an_iteration_reads_its_numbers() -> None:
     seconds = iterate(make_ours(cell(0.5, 1)), 0)
     assert 0 < seconds["update"] < seconds["total"]
+
+
+def finished_arm(arm: str, seed: int, win_rate: float) -> dict[str, Any]:
+    rates = dict.fromkeys(bench_curriculum.OPPONENTS, win_rate)
+    return {"arm": arm, "seed": seed, "stage_steps": 16_384, "episodes": 8, "win_rate": rates, "return": rates}
+
+
+FINISHED = [
+    *(finished_arm("strong alone", seed, rate) for seed, rate in ((3, 0.3), (1, 0.1), (2, 0.2), (4, 0.9))),
+    *(finished_arm("curriculum", seed, rate) for seed, rate in ((1, 0.2), (2, 0.4), (3, 0.3))),  # seed 4 is under way
+    *(finished_arm("weak alone", seed, 0.0) for seed in (1, 2, 3, 4)),
+    *(finished_arm("weak in stages", seed, 0.5) for seed in (1, 2, 3, 4)),
+]
+
+
+def test_intervals_over_seeds_are_those_of_students_t() -> None:
+    mean, half = bench_curriculum.mean_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3.0
+    assert half == pytest.approx(2.776 * math.sqrt(2.5 / 5))
+    for df, t in bench_curriculum.T_975.items():
+        grid = torch.linspace(0, t, 100_001, dtype=torch.float64)
+        scale = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
+        half_mass = torch.trapezoid(scale * (1 + grid**2 / df) ** (-(df + 1) / 2), grid)
+        assert float(half_mass) == pytest.approx(0.475, abs=2e-5)
+
+
+def test_a_curriculums_differences_are_paired_by_seed() -> None:
+    text = bench_curriculum.table(FINISHED, "win_rate", ["hunter"]).splitlines()
+    # 0.2, 0.4, 0.3 beside 0.1, 0.2, 0.3: means 0.3 and 0.2, differences 0.1, 0.2, 0.0, their deviation 0.1
+    half = 4.303 * 0.1 / math.sqrt(3)
+    assert text[0].count("|") == text[1].count("|") == text[2].count("|") == 9
+    assert text[2] == (
+        f"| hunter | 0.300 ± {half:.3f} | 0.200 ± {half:.3f} | 0.000 ± 0.000 | 0.500 ± 0.000 | "
+        f"+0.100 [{0.1 - half:+.3f}, {0.1 + half:+.3f}] | +0.300 [{0.3 - half:+.3f}, {0.3 + half:+.3f}] | "
+        f"-0.200 [{-0.2 - half:+.3f}, {-0.2 + half:+.3f}] |"
+    )
+
+
+def test_all_arms_of_the_curriculum_bench_learn_for_equally_many_steps() -> None:
+    for arm, npcs in bench_curriculum.ARMS.items():
+        words = bench_curriculum.arm_command(arm, 7, Path("a b"), 32_768)[4:]
+        sweep = [word for word in words if word.startswith("hydra.sweeper.")]
+        if len(npcs) == 1:
+            assert f"trainer.dual_policy.checkpoint_npc.uri=builtin://arena/{npcs[0]}" in words
+            assert "-m" not in words
+            assert not sweep
+        else:
+            ladder = ",".join(f"builtin://arena/{name}" for name in npcs)
+            assert f"hydra.sweeper.ladder=[{ladder}]" in sweep
+            assert "hydra.sweeper.max_attempts=1" in sweep
+            words.append(f"trainer.dual_policy.checkpoint_npc.uri=builtin://arena/{npcs[0]}")  # as the sweep does
+        config, _ = compose_config([word for word in words if word != "-m" and not word.startswith("hydra")])
+        assert config.trainer.total_timesteps * len(npcs) == 3 * 32_768
+        assert (config.seed, config.trainer.threads, config.train_dir) == (7, 1, Path("a b"))
+        split = 0.5 * 8  # learners among the arena's agents
+        assert config.env.num_envs * split * config.trainer.horizon == bench_curriculum.ITERATION
+
+
+def test_the_curriculum_bench_reads_the_last_stages_policy(tmp_path: Path) -> None:
+    jobs = [
+        SweepJob(num=0, stage=1, attempt=1, overrides=[], agent_step=5),
+        SweepJob(num=1, stage=2, attempt=1, overrides=[], agent_step=6),
+    ]
+    chosen = ChosenPolicy(path="1/checkpoints/x.safetensors", sha256="", job=1, stage=2)
+    (tmp_path / "sweep").mkdir()
+    write_state(tmp_path / "sweep", SweepState(request={}, jobs=jobs, policy=chosen, status="finished"))
+    assert bench_curriculum.read_run(tmp_path / "sweep") == (tmp_path / "sweep/1/checkpoints/x.safetensors", 11, [])
+    (tmp_path / "result.json").write_text('{"checkpoint": "checkpoints/y.safetensors", "agent_step": 11}')
+    assert bench_curriculum.read_run(tmp_path) == (tmp_path / "checkpoints/y.safetensors", 11, [])
+
+
+def test_the_curriculum_bench_runs_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    lines = [json.dumps(row) + "\n" for row in FINISHED]
+    (tmp_path / "results.jsonl").write_text("".join(lines) + lines[0][:20])  # the last line was cut
+    monkeypatch.setattr(
+        bench_curriculum.ProcessPoolExecutor, "submit", lambda *args, **kwargs: pytest.fail("a run was started")
+    )
+    settings = f"--out {tmp_path} --seeds 3 --stage-steps 16384".split()
+    bench_curriculum.main([*settings, "--episodes", "8"])
+    assert (tmp_path / "results.jsonl").read_text() == "".join(lines)
+    assert bench_curriculum.table(FINISHED, "win_rate", bench_curriculum.HELD_OUT) in capsys.readouterr().out
+    with pytest.raises(RunError, match="has runs of --stage-steps 16384 --episodes 8; use these"):
+        bench_curriculum.main([*settings, "--episodes", "1024"])

@@ -77,22 +77,25 @@ def _no_state(folder: Path) -> str:
 
 def _summary(state: SweepState, title: str) -> list[str]:
     """Where the sweep stands, its jobs by status, and the policy that it has come to."""
-    num_stages = _num_stages(state)
-    where = {
-        "finished": f"finished, all of its {num_stages} stages",
-        "stopped": f"stopped at stage {state.stage} of {num_stages}",
-    }.get(
-        state.status,
-        f"at stage {state.stage} of {num_stages}, attempt {state.attempt} "
-        "(the command that began it goes on from here)",
-    )
     count = Counter(job.status for job in state.jobs)
     jobs = ", ".join(f"{count[status]} {status}" for status in ("finished", "planned", "failed"))
     demotions = f"; demotions: {state.demotions}" if state.demotions else ""
     one, chosen = state.policy, "none yet"
     if one is not None:
         chosen = f"{one.path} (stage {one.stage}, job {one.job}, sha256 {one.sha256[:12]})"
-    return [f"{title}: {where}", f"jobs: {jobs}{demotions}", f"policy: {chosen}"]
+    return [f"{title}: {_place(state)}", f"jobs: {jobs}{demotions}", f"policy: {chosen}"]
+
+
+def _place(state: SweepState) -> str:
+    """Where the sweep stands, in words."""
+    num_stages, goes_on = _num_stages(state), "(the command that began it goes on from here)"
+    if state.status == "finished":
+        return f"finished, all of its {num_stages} stages"
+    if state.status == "stopped":
+        return f"stopped at stage {state.stage} of {num_stages}"
+    if not state.jobs and state.request.get("sweeper", {}).get("order") == "weakest_first":
+        return f"before stage 1 of {num_stages}, its NPCs are rated and then ordered {goes_on}"
+    return f"at stage {state.stage} of {num_stages}, attempt {state.attempt} {goes_on}"
 
 
 def _num_stages(state: SweepState) -> int:

@@ -11,7 +11,11 @@ from dataclasses import dataclass
 
 from dual_policy_plugin.curriculum.config import CurriculumConfig
 from dual_policy_plugin.curriculum.state import ChosenPolicy, EarlierRung, Gate, Job, SweepState
+from dual_policy_plugin.errors import RunError
 from dual_policy_plugin.evaluation.sequential import GateVerdict
+
+AFTER_GATE = ("max_attempts", "on_fail", "max_demotions")
+"""Settings that say what follows a gate; see `reopen`."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -35,25 +39,79 @@ def num_tries(gates: Sequence[Gate], stage: int) -> int:
     return tries
 
 
+def best_of_visit(state: SweepState) -> Job | None:
+    """The best job of the stage that the sweep is at, over the attempts of this visit; None: none has finished.
+
+    Jobs of an earlier visit are left out: the sweep was sent back since their policy led to no passage further on.
+    """
+    return state.best_job(state.stage, since=state.attempt + 1 - num_tries(state.gates, state.stage))
+
+
+def follow(*, is_passed: bool, tries: int, stage: int, demotions: int, settings: CurriculumConfig) -> str:
+    """Promote | repeat | stop | advance | demote, by the settings alone.
+
+    Args:
+        is_passed: the gate was passed, and no earlier NPC is forgotten.
+        tries: which try of this visit it was, from 1.
+        stage: which.
+        demotions: how many there were before.
+        settings: of the sweep.
+    """
+    if is_passed:
+        return "promote"
+    if tries < settings.max_attempts:
+        return "repeat"
+    if settings.on_fail == "demote" and (stage == 1 or demotions >= settings.max_demotions):
+        return "stop"
+    return settings.on_fail
+
+
 def decide(
     verdict: GateVerdict, forgotten: Sequence[EarlierRung], state: SweepState, settings: CurriculumConfig
 ) -> tuple[str, str]:
     """(promote | repeat | stop | advance | demote, one sentence that says why with its figures)."""
     lost = [one for one in forgotten if not one.ok]
-    figures = _figures(verdict, lost, settings)
-    if verdict.passed and not lost:
-        return "promote", figures
     tries = num_tries(state.gates, state.stage)
-    if tries < settings.max_attempts:
-        return "repeat", f"{figures}; attempt {tries} of {settings.max_attempts}"
-    figures += f"; {tries} of {settings.max_attempts} attempts"
-    if settings.on_fail != "demote":
-        return settings.on_fail, f"{figures}, on_fail={settings.on_fail}"
-    if state.stage == 1:
-        return "stop", f"{figures}, and there is no stage before the first to go back to"
-    if state.demotions >= settings.max_demotions:
-        return "stop", f"{figures}, and max_demotions={settings.max_demotions} is used up"
-    return "demote", f"{figures}, demotion {state.demotions + 1} of {settings.max_demotions}"
+    decision = follow(
+        is_passed=bool(verdict.passed) and not lost,
+        tries=tries,
+        stage=state.stage,
+        demotions=state.demotions,
+        settings=settings,
+    )
+    figures = _figures(verdict, lost, settings)
+    if decision == "promote":
+        return decision, figures
+    return decision, f"{figures}; {_reason(decision, tries, state.stage, state.demotions, settings)}"
+
+
+def reopen(state: SweepState, settings: CurriculumConfig) -> Gate | None:
+    """Takes the decision that stopped a sweep anew, where the settings now say something else; gives its gate.
+
+    `max_attempts`, `on_fail` and `max_demotions` say what follows a gate and bear on nothing before it, so a sweep that
+    goes on with others is one that had them from the start. That holds as long as all decisions but the one that
+    stopped it would have been the same.
+
+    Raises:
+        RunError: another decision would not have been the same.
+    """
+    demotions = 0
+    for i, gate in enumerate(state.gates):
+        tries = num_tries(state.gates[:i], gate.stage)
+        is_passed = gate.passed and all(one.ok for one in gate.forgotten)
+        decision = follow(is_passed=is_passed, tries=tries, stage=gate.stage, demotions=demotions, settings=settings)
+        if decision != gate.decision:
+            reason = _reason(decision, tries, gate.stage, demotions, settings)
+            if gate.decision != "stop":
+                raise RunError(
+                    f"attempt {gate.attempt} at stage {gate.stage} was followed by {gate.decision}, and by these "
+                    f"settings it is {decision} ({reason}); use the old values of {', '.join(AFTER_GATE)} to continue "
+                    "it, or another run= name"
+                )
+            gate.decision, gate.why = decision, f"{gate.why}; taken anew: {reason}"
+            return gate
+        demotions += decision == "demote"
+    return None
 
 
 def next_place(decision: str, state: SweepState, num_stages: int) -> Place:
@@ -72,11 +130,25 @@ def starts_from(state: SweepState, settings: CurriculumConfig) -> Job | ChosenPo
     """Whose policy the jobs of the attempt to come start from; None: from what the config says.
 
     The first attempt of a visit starts from the policy that the sweep has come to, a further one from the best of the
-    stage so far.
+    visit so far.
     """
     if settings.carry == "nothing":
         return None
-    return state.policy if num_tries(state.gates, state.stage) == 1 else state.best_job(state.stage)
+    return state.policy if num_tries(state.gates, state.stage) == 1 else best_of_visit(state)
+
+
+def _reason(decision: str, tries: int, stage: int, demotions: int, settings: CurriculumConfig) -> str:
+    """Why a gate that was not passed has this decision."""
+    if decision == "repeat":
+        return f"attempt {tries} of {settings.max_attempts}"
+    used = f"{tries} of {settings.max_attempts} attempts"
+    if settings.on_fail != "demote":
+        return f"{used}, on_fail={settings.on_fail}"
+    if stage == 1:
+        return f"{used}, and there is no stage before the first to go back to"
+    if decision == "stop":
+        return f"{used}, and max_demotions={settings.max_demotions} is used up"
+    return f"{used}, demotion {demotions + 1} of {settings.max_demotions}"
 
 
 def _figures(verdict: GateVerdict, lost: Sequence[EarlierRung], settings: CurriculumConfig) -> str:

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from dual_policy_plugin.config import Config, PolicySource, WandbConfig
+from dual_policy_plugin.curriculum import ladder
 from dual_policy_plugin.curriculum.config import CurriculumConfig
+from dual_policy_plugin.curriculum.request import SweepRequest, check_request, load_jobs
 from dual_policy_plugin.npc.resolver import PinnedPolicy
 from dual_policy_plugin.report.figures import format_duration, format_rate
 from dual_policy_plugin.report.tables import format_table, printable
@@ -81,6 +83,30 @@ def measure_speed(
         step_s=train_s / (per_iteration * num_iterations),
         episode_s=evaluate_s / (_PROBE_EPISODES * _num_opponents(config)),
         measured_s=clock() - began,
+    )
+
+
+def describe_sweep(request: SweepRequest, train: Train) -> str:
+    """What a sweep would do, for a dry run; no job is started and nothing is written.
+
+    Args:
+        request: the sweep.
+        train: dual_policy_plugin.train.train, to measure how fast it is.
+
+    Raises:
+        DualPolicyError: anything that would stop the sweep before stage 1.
+    """
+    configs = check_request(request)
+    rungs = ladder.pin_rungs(request.settings, configs)
+    common = set(request.grid[0]).intersection(*request.grid)
+    names = [" ".join(word for word in overrides if word not in common) for overrides in request.grid]
+    return format_plan(
+        rungs,
+        list(zip(names, load_jobs(request), strict=True)),
+        request.settings,
+        measure_speed(configs[0], rungs[0].uri, train),
+        folder=request.folder,
+        launcher=request.launcher,
     )
 
 

@@ -15,12 +15,12 @@ import torch
 from dual_policy_plugin.config import Config
 from dual_policy_plugin.curriculum.config import KEY, CurriculumConfig
 from dual_policy_plugin.curriculum.state import EarlierRung
+from dual_policy_plugin.devices import choose_device, set_threads
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.evaluate import assign_seats, evaluate_pinned, read_spec
-from dual_policy_plugin.evaluation.matches import seatings_of
+from dual_policy_plugin.evaluation.matches import MatchResult, seatings_of
 from dual_policy_plugin.evaluation.sequential import GateVerdict, Rule, can_pass, sprt, wilson_gate
 from dual_policy_plugin.npc.resolver import PinnedPolicy
-from dual_policy_plugin.parts import choose_device, set_threads
 from dual_policy_plugin.rng import LOW_31_BITS, hash32
 
 NUM_LOOKS = 8
@@ -95,38 +95,35 @@ def play_gate(
     rule = bind_rule(settings, count_seatings(config))
     num_looks = NUM_LOOKS if settings.rule == "sprt" else 1
     per_look = -(-settings.episodes // num_looks)
+
+    def play(opponents: Sequence[PinnedPolicy], look: int, episodes: int) -> list[MatchResult]:
+        games = gate_seed(seed, stage, attempt, look)
+        return evaluate_pinned(policy, opponents, config, episodes=episodes, seed=games, device=device)
+
     wins, episodes, look = 0.0, 0, 0
     verdict: GateVerdict | None = None
     while episodes < settings.episodes and (verdict is None or verdict.passed is None):
-        (result,) = evaluate_pinned(
-            policy, rungs[-1:], config, episodes=per_look, seed=gate_seed(seed, stage, attempt, look), device=device
-        )
+        (result,) = play(rungs[-1:], look, per_look)
         wins, episodes, look = wins + result.wins, episodes + result.episodes, look + 1
         verdict = rule(wins, episodes)
     assert verdict is not None
     earlier = list({one.sha256: one for one in rungs[:-1] if one.sha256 != rungs[-1].sha256}.values())
     if not verdict.passed or not earlier:
         return verdict, []
-    results = evaluate_pinned(
-        policy,
-        earlier,
-        config,
-        episodes=settings.episodes,
-        seed=gate_seed(seed, stage, attempt, _EARLIER),
-        device=device,
-    )
     least = 0.5 - settings.forget_tolerance
-    return verdict, [
-        EarlierRung(
-            opponent=one.opponent,
-            win_rate=one.win_rate,
-            low=one.low,
-            high=one.high,
-            episodes=one.episodes,
-            ok=one.win_rate >= least,
-        )
-        for one in results
-    ]
+    return verdict, [_as_record(one, least) for one in play(earlier, _EARLIER, settings.episodes)]
+
+
+def _as_record(result: MatchResult, least: float) -> EarlierRung:
+    """A match as the state file has it; `ok` from a win rate of `least` on."""
+    return EarlierRung(
+        opponent=result.opponent,
+        win_rate=result.win_rate,
+        low=result.low,
+        high=result.high,
+        episodes=result.episodes,
+        ok=result.win_rate >= least,
+    )
 
 
 def gate_seed(seed: int, stage: int, attempt: int, look: int) -> int:

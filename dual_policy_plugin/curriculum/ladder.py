@@ -17,8 +17,8 @@ from dual_policy_plugin.curriculum.config import KEY, CurriculumConfig
 from dual_policy_plugin.curriculum.state import Rung
 from dual_policy_plugin.errors import ConfigError, DigestError, DualPolicyError
 from dual_policy_plugin.evaluate import cross_play, load_pinned, read_spec
-from dual_policy_plugin.npc.lock import LockEntry, lock_entries, locked_as, pin_locked, read_lock, write_lock
-from dual_policy_plugin.npc.resolver import PinnedPolicy, resolve, resolve_all, unique_names
+from dual_policy_plugin.npc.lock import ROLES, LockEntry, lock_entries, locked_as, pin_locked, read_lock, write_lock
+from dual_policy_plugin.npc.resolver import PinnedPolicy, request_text, resolve, resolve_all, unique_names
 from dual_policy_plugin.policies.npcs import LOCK_NAME
 
 
@@ -40,9 +40,11 @@ def pin_rungs(settings: CurriculumConfig, configs: Sequence[Config]) -> list[Pin
     found: list[PinnedPolicy] = []
     for number, source in enumerate(sources, 1):
         try:
-            found += resolve_all(source, seed=config.seed)
+            chosen = resolve_all(source, seed=config.seed)
         except DualPolicyError as error:
             raise type(error)(f"{KEY}.ladder, rung {number} of {len(sources)}: {error}") from error
+        is_downward = source.type in ("latest", "top")  # the newest, the best first
+        found += reversed(chosen) if is_downward else chosen
     names = unique_names([one.name for one in found])
     pinned = [replace(one, name=name) for one, name in zip(found, names, strict=True)]
     for one in configs:
@@ -69,9 +71,34 @@ def locked_rungs(folder: Path, rungs: Sequence[Rung]) -> list[PinnedPolicy]:
     return pinned
 
 
-def begin_lock(folder: Path, rungs: Sequence[PinnedPolicy]) -> None:
+def pin_others(configs: Sequence[Config]) -> list[LockEntry]:
+    """What else the jobs name: whom they start from and are evaluated against, pinned once for the whole sweep.
+
+    A draw (type=rand) is each job's own, by its seed.
+
+    Args:
+        configs: of the grid's jobs, those alone that differ in who plays where.
+
+    Raises:
+        DualPolicyError: one of them cannot be had.
+    """
+    found: dict[tuple[str, str], list[LockEntry]] = {}
+    for config in configs:
+        for role, source in config.policies:
+            key = role, request_text(source)
+            if role != "npc" and source.type != "rand" and key not in found:
+                found[key] = list(lock_entries(resolve_all(source, seed=config.seed), _now(), role=role))
+    return [entry for entries in found.values() for entry in entries]
+
+
+def begin_lock(folder: Path, rungs: Sequence[PinnedPolicy], others: Sequence[LockEntry]) -> None:
     """Writes the sweep's lock, in place of one that a start which failed has left."""
-    write_lock(folder / LOCK_NAME, _with_entries((), rungs, "npc"))
+    lock = _with_entries((), rungs, "npc")
+    for role in ROLES:
+        theirs = [one for one in others if one.role == role]
+        names = unique_names([one.name for one in theirs])
+        lock += tuple(replace(one, name=name) for one, name in zip(theirs, names, strict=True))
+    write_lock(folder / LOCK_NAME, lock)
 
 
 def extend_lock(folder: Path, policy: PinnedPolicy, role: str) -> None:
@@ -173,7 +200,10 @@ def _check_held_out(pinned: Sequence[PinnedPolicy], config: Config) -> None:
 def _with_entries(lock: Sequence[LockEntry], policies: Sequence[PinnedPolicy], role: str) -> tuple[LockEntry, ...]:
     """The lock and an entry for each URI that is not in it: jobs ask for the pinned URI, so that is what is locked."""
     by_uri = {one.uri: replace(one, requested=one.uri) for one in policies}
-    when = datetime.now(UTC).isoformat(timespec="seconds")
-    more = lock_entries(by_uri.values(), when, role=role)
+    more = lock_entries(by_uri.values(), _now(), role=role)
     names = unique_names([entry.name for entry in (*lock, *more) if entry.role == role])[-len(more) :]
     return (*lock, *(replace(entry, name=name) for entry, name in zip(more, names, strict=True)))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -19,6 +19,7 @@ from dual_policy_plugin.config_loading import load_config
 from dual_policy_plugin.config_nodes import to_plain
 from dual_policy_plugin.curriculum import gates
 from dual_policy_plugin.curriculum.config import KEY, CurriculumConfig
+from dual_policy_plugin.curriculum.decisions import AFTER_GATE
 from dual_policy_plugin.curriculum.state import STATE_NAME, Rung, SweepState
 from dual_policy_plugin.errors import ConfigError, RunError
 from dual_policy_plugin.files import encode_json
@@ -90,6 +91,11 @@ def load_jobs(request: SweepRequest) -> list[Config]:
                 f"trainer.dual_policy.training_agents_pct=1 leaves no seat to the NPCs of {KEY}.ladder; "
                 "use a fraction below 1, for example 0.5"
             )
+        if len(request.grid) > 1 and config.evals.episodes == 0:
+            raise ConfigError(
+                f"evals.episodes=0 leaves nothing by which to choose the best of a stage's {len(request.grid)} jobs; "
+                "use for example evals.episodes=512"
+            )
         folder = config.train_dir / config.run
         if folder.absolute() != request.folder.absolute():
             raise ConfigError(
@@ -142,7 +148,7 @@ def request_record(request: SweepRequest) -> dict[str, Any]:
 def check_same(request: SweepRequest, state: SweepState) -> None:
     """Raises a RunError where the sweep was begun by another request."""
     path = request.folder / STATE_NAME
-    old, new = (encode_json(_as_mapping(one)) for one in (state.request, request_record(request)))
+    old, new = (encode_json(_comparable(one)) for one in (state.request, request_record(request)))
     changes = diff_configs(old, new, path)
     if changes:
         raise RunError(
@@ -161,12 +167,18 @@ def check_unused(folder: Path) -> None:
 
 
 def _where(config: Config) -> tuple[object, ...]:
-    dual = config.trainer.dual_policy
-    return config.env, config.agent, config.evals.held_out, dual.training_agents_pct, dual.assignment
+    dual, evals, initial = config.trainer.dual_policy, config.evals, config.trainer.initial_policy
+    seats = dual.training_agents_pct, dual.assignment
+    return config.env, config.agent, initial, evals.opponents, evals.held_out, seats
 
 
 def _check_free(node: Mapping[str, Any]) -> None:
     """The ladder alone says who the NPC is."""
+    if not isinstance(node.get("trainer"), Mapping):
+        raise ConfigError(
+            f"{KEY}.ladder is set, and the config of this app has no trainer to give its NPCs to; start from "
+            "`dual-policy train`, or use ladder=null for a plain sweep"
+        )
     dual = node["trainer"].get("dual_policy") or {}
     for name, value in (dual.get("checkpoint_npc") or {}).items():
         if value is not None:
@@ -187,7 +199,11 @@ def _with(overrides: Sequence[str], key: str, word: str) -> list[str]:
     return [*(one for one in overrides if one.partition("=")[0].lstrip("+") != key), word]
 
 
-def _as_mapping(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with overrides by key, so that a difference is shown by key."""
+def _comparable(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record without what may be another when a sweep goes on, and with overrides by key, as a difference is shown.
+
+    Of `AFTER_GATE` some values are possible and others not, which `decisions.reopen` finds.
+    """
     words = (str(word).partition("=") for word in record.get("overrides", []))
-    return {**record, "overrides": {key: value for key, _, value in words}}
+    sweeper = {name: value for name, value in record.get("sweeper", {}).items() if name not in AFTER_GATE}
+    return {**record, "sweeper": sweeper, "overrides": {key: value for key, _, value in words}}

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
+from pathlib import Path
+from typing import Any
 
 from dual_policy_plugin.config import Config
 from dual_policy_plugin.config_loading import load_config
 from dual_policy_plugin.curriculum import gates, ladder
-from dual_policy_plugin.curriculum.decisions import decide, next_place, starts_from
-from dual_policy_plugin.curriculum.dry_run import Train, format_plan, measure_speed
+from dual_policy_plugin.curriculum.batches import launch_batch, split_batches
+from dual_policy_plugin.curriculum.config import KEY
+from dual_policy_plugin.curriculum.decisions import AFTER_GATE, best_of_visit, decide, next_place, reopen, starts_from
 from dual_policy_plugin.curriculum.request import (
     SweepRequest,
     check_request,
     check_same,
     check_unused,
     job_overrides,
-    load_jobs,
     request_record,
 )
 from dual_policy_plugin.curriculum.state import (
@@ -37,12 +36,13 @@ from dual_policy_plugin.curriculum.state import (
     read_state,
     write_state,
 )
-from dual_policy_plugin.errors import CurriculumStopped, DualPolicyError, RunError
+from dual_policy_plugin.devices import set_threads
+from dual_policy_plugin.errors import CurriculumStopped, RunError
 from dual_policy_plugin.files import file_error, read_json, remove_temporary_files
+from dual_policy_plugin.npc.lock import LockEntry
 from dual_policy_plugin.npc.resolver import PinnedPolicy, hold_pinned
 from dual_policy_plugin.npc.sources.local import file_digest
-from dual_policy_plugin.parts import set_threads
-from dual_policy_plugin.run_lock import lock_run, unlock_run
+from dual_policy_plugin.run_lock import check_unlocked, lock_run, unlock_run
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +56,10 @@ def run_sweep(request: SweepRequest) -> SweepState:
     """
     configs = check_request(request)
     config, pinned = configs[0], None
+    others: list[LockEntry] = []
     if read_state(request.folder) is None:
         check_unused(request.folder)
-        pinned = ladder.pin_rungs(request.settings, configs)
+        pinned, others = ladder.pin_rungs(request.settings, configs), ladder.pin_others(configs)
     try:
         request.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -66,7 +67,7 @@ def run_sweep(request: SweepRequest) -> SweepState:
     with ExitStack() as stack:
         stack.callback(unlock_run, lock_run(request.folder, time.time()))
         remove_temporary_files(request.folder)
-        state = _open_state(request, config, pinned)
+        state = _open_state(request, config, pinned, others)
         stack.enter_context(hold_pinned(ladder.locked_rungs(request.folder, state.rungs)))
         while state.status == "running":
             _run_attempt(request, state)
@@ -75,46 +76,25 @@ def run_sweep(request: SweepRequest) -> SweepState:
     return state
 
 
-def describe_sweep(request: SweepRequest, train: Train) -> str:
-    """What a sweep would do, for a dry run; no job is started and nothing is written.
-
-    Args:
-        request: the sweep.
-        train: dual_policy_plugin.train.train, to measure how fast it is.
-
-    Raises:
-        DualPolicyError: anything that would stop the sweep before stage 1.
-    """
-    configs = check_request(request)
-    rungs = ladder.pin_rungs(request.settings, configs)
-    common = set(request.grid[0]).intersection(*request.grid)
-    names = [" ".join(word for word in overrides if word not in common) for overrides in request.grid]
-    return format_plan(
-        rungs,
-        list(zip(names, load_jobs(request), strict=True)),
-        request.settings,
-        measure_speed(configs[0], rungs[0].uri, train),
-        folder=request.folder,
-        launcher=request.launcher,
-    )
-
-
 def count_stages(request: SweepRequest, num_rungs: int) -> int:
     """How many stages there are; with `self` the rungs come one by one."""
     return request.settings.stages or num_rungs
 
 
-def _open_state(request: SweepRequest, config: Config, pinned: Sequence[PinnedPolicy] | None) -> SweepState:
+def _open_state(
+    request: SweepRequest, config: Config, pinned: Sequence[PinnedPolicy] | None, others: Sequence[LockEntry]
+) -> SweepState:
     """The state to go on from, a new one with all rungs, rated where the order wants it."""
     state = read_state(request.folder)
     if state is not None:
         check_same(request, state)
         ladder.locked_rungs(request.folder, state.rungs)
+        _take_over(request, state)
         log.info("%s continues: stage %d, attempt %d", request.folder, state.stage, state.attempt)
     elif pinned is None:
         raise RunError(f"{request.folder} lost its state while it was opened; start again")
     else:
-        ladder.begin_lock(request.folder, pinned)
+        ladder.begin_lock(request.folder, pinned, others)
         state = SweepState(request=request_record(request), rungs=[ladder.as_rung(one) for one in pinned])
         write_state(request.folder, state)
     is_rated = len(state.rungs) < 2 or all(rung.rating is not None for rung in state.rungs)
@@ -134,6 +114,22 @@ def _open_state(request: SweepRequest, config: Config, pinned: Sequence[PinnedPo
     return state
 
 
+def _take_over(request: SweepRequest, state: SweepState) -> None:
+    """Brings settings that may be others by now into the state; a sweep that they would not have stopped goes on.
+
+    Raises:
+        RunError: by these settings the sweep would not have come to where it is.
+    """
+    sweeper = {**state.request["sweeper"], **{name: request.node[name] for name in AFTER_GATE}}
+    if sweeper == state.request["sweeper"]:
+        return
+    gate = reopen(state, request.settings)
+    if gate is not None:
+        _go_on(request, state, gate)
+    state.request["sweeper"] = sweeper
+    write_state(request.folder, state)
+
+
 def _run_attempt(request: SweepRequest, state: SweepState) -> None:
     """Brings every job of the attempt to an end; jobs that have one are not launched.
 
@@ -146,8 +142,11 @@ def _run_attempt(request: SweepRequest, state: SweepState) -> None:
         for job in jobs:
             job.status = "planned"  # all failed: what was wrong is mended by now, or they fail again
     trouble: Exception | None = None
-    for batch in _batches([job for job in jobs if job.status == "planned"], request.settings.max_batch_size):
-        error = _launch(request, batch)
+    planned = [job for job in jobs if job.status == "planned"]
+    for job in planned:
+        check_unlocked(request.folder / str(job.num))  # a cluster's jobs outlive a sweeper that was killed
+    for batch in split_batches(planned, request.settings.max_batch_size):
+        error = launch_batch(request, batch)
         _collect(request, state, batch, error)
         trouble = trouble or error
     if not any(job.status == "finished" for job in jobs):
@@ -191,32 +190,6 @@ def _plan_jobs(request: SweepRequest, state: SweepState) -> list[Job]:
     return jobs
 
 
-def _launch(request: SweepRequest, batch: Sequence[Job]) -> Exception | None:
-    """Runs jobs through the launcher; gives the first error of a job, which leaves the others' results as they are.
-
-    Raises:
-        RunError: the launcher did not bring all of them to an end.
-    """
-    try:
-        returns = request.launch([job.overrides for job in batch], batch[0].num)
-    except (DualPolicyError, HydraException, OmegaConfBaseException):
-        raise  # of what the user wrote; the command line has a line for it
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise RunError(
-            f"the launcher {request.launcher} lost jobs of {request.folder}: {reason}; "
-            "the same command continues with those that have no result"
-        ) from error
-    trouble: Exception | None = None
-    for job, one in zip(batch, returns, strict=True):
-        try:
-            _ = one.return_value
-        except Exception as error:
-            log.warning("job %d failed: %s", job.num, error)
-            trouble = trouble or error
-    return trouble
-
-
 def _collect(request: SweepRequest, state: SweepState, jobs: Sequence[Job], trouble: Exception | None = None) -> None:
     """Takes what the jobs left in their folders into the state; with `trouble` those without a result have failed."""
     changed = False
@@ -226,35 +199,46 @@ def _collect(request: SweepRequest, state: SweepState, jobs: Sequence[Job], trou
         result = read_json(request.folder / str(job.num) / "result.json")
         if result is None and trouble is None:
             continue
-        changed = True
         if result is None:
-            job.status = "failed"
+            check_unlocked(request.folder / str(job.num))  # it failed since another process is at it
+            job.status, changed = "failed", True
             continue
-        path = f"{job.num}/{result['checkpoint']}"
-        job.status, job.objective, job.checkpoint = "finished", result["objective"], path
-        job.sha256, job.agent_step = file_digest(request.folder / path), result["agent_step"]
-        job.elapsed_s = result["elapsed_s"]
+        changed = True
+        _take_result(request.folder, job, result)
         log.info("job %d finished: objective %s after %d learner steps", job.num, _shown(job), job.agent_step)
     if changed:
         write_state(request.folder, state)
 
 
-def _batches(jobs: Sequence[Job], max_batch_size: int | None) -> Iterator[list[Job]]:
-    """Jobs with consecutive numbers, as a launcher numbers them, no more than `max_batch_size` at once."""
-    batch: list[Job] = []
-    for job in jobs:
-        if batch and (job.num != batch[-1].num + 1 or len(batch) == max_batch_size):
-            yield batch
-            batch = []
-        batch.append(job)
-    if batch:
-        yield batch
+def _take_result(folder: Path, job: Job, result: Any) -> None:
+    """Writes down what a job's result.json says, and the digest of the policy that it names.
+
+    Raises:
+        RunError: it is not as a run writes it, or the policy is gone.
+    """
+    try:
+        job.checkpoint = f"{job.num}/{result['checkpoint']}"
+        job.objective, job.agent_step = result["objective"], result["agent_step"]
+        job.elapsed_s = result["elapsed_s"]
+    except (KeyError, TypeError) as error:
+        raise RunError(
+            f"{folder / str(job.num)}/result.json is not as a run writes it ({error}); remove it, and the same command "
+            "runs the job again"
+        ) from error
+    try:
+        job.sha256 = file_digest(folder / job.checkpoint)
+    except OSError as error:
+        raise RunError(
+            f"{folder / job.checkpoint}, which job {job.num} ended with, cannot be read: "
+            f"{error.strerror or type(error).__name__}; bring it back, or use another run= name"
+        ) from error
+    job.status = "finished"
 
 
 def _pass_gate(request: SweepRequest, state: SweepState, seed: int) -> None:
     """Evaluates the stage's best policy and writes down what follows, in one publication."""
     settings, stage = request.settings, state.stage
-    best = state.best_job(stage)
+    best = best_of_visit(state)
     assert best is not None, "an attempt ends with a finished job, or ends the sweep"
     rungs = ladder.locked_rungs(request.folder, state.rungs[:stage])
     policy = ladder.pin_made(request.folder, str(best.checkpoint), str(best.sha256))
@@ -280,13 +264,19 @@ def _pass_gate(request: SweepRequest, state: SweepState, seed: int) -> None:
             why=why,
         )
     )
-    if decision in ("promote", "advance"):
-        state.policy = ChosenPolicy(path=str(best.checkpoint), sha256=str(best.sha256), job=best.num, stage=stage)
-    place = next_place(decision, state, count_stages(request, len(state.rungs)))
+    _go_on(request, state, state.gates[-1])
+    write_state(request.folder, state)
+
+
+def _go_on(request: SweepRequest, state: SweepState, gate: Gate) -> None:
+    """Brings the state to where the newest gate's decision leads."""
+    if gate.decision in ("promote", "advance"):
+        best = state.jobs[gate.job]
+        state.policy = ChosenPolicy(path=str(best.checkpoint), sha256=str(best.sha256), job=best.num, stage=gate.stage)
+    place = next_place(gate.decision, state, count_stages(request, len(state.rungs)))
     state.stage, state.attempt, state.demotions = place.stage, place.attempt, place.demotions
     state.status = place.status
-    write_state(request.folder, state)
-    log.info("stage %d: %s: %s", stage, decision, why)
+    log.info("stage %d: %s: %s", gate.stage, gate.decision, gate.why)
 
 
 def _report_end(request: SweepRequest, state: SweepState) -> None:
@@ -294,7 +284,9 @@ def _report_end(request: SweepRequest, state: SweepState) -> None:
     policy = f"policy {request.folder / state.policy.path}" if state.policy else "no policy passed stage 1"
     if state.status == "stopped":
         last = state.gates[-1]
-        raise CurriculumStopped(f"{request.folder} stopped at stage {last.stage}: {last.why}; {policy}")
+        name = "max_demotions" if state.demotions else "max_attempts"  # the other would change a decision before it
+        way = "" if state.demotions and last.stage == 1 else f"; a larger {KEY}.{name} goes on from here"
+        raise CurriculumStopped(f"{request.folder} stopped at stage {last.stage}: {last.why}; {policy}{way}")
     log.info("%s is finished: %s", request.folder, policy)
 
 

@@ -120,10 +120,14 @@ class SweepState:
         """The jobs of all attempts at a stage."""
         return [job for job in self.jobs if job.stage == stage]
 
-    def best_job(self, stage: int) -> Job | None:
-        """The finished job of a stage with the highest objective, the lowest number of equals; None: none finished."""
-        done = [job for job in self.of_stage(stage) if job.status == "finished"]
-        return max(done, key=lambda job: (_objective(job), -job.num), default=None)
+    def best_job(self, stage: int, since: int = 1) -> Job | None:
+        """The finished job of a stage with the highest objective, from attempt `since` on; None: none finished.
+
+        Of equals it is one of the newest attempt, which has learned longer where policies are carried on, and there the
+        one with the lowest number.
+        """
+        done = [job for job in self.of_stage(stage) if job.status == "finished" and job.attempt >= since]
+        return max(done, key=lambda job: (_objective(job), job.attempt, -job.num), default=None)
 
 
 def write_state(folder: Path, state: SweepState) -> None:

@@ -31,8 +31,9 @@ class CurriculumSweeper(BasicSweeper):
         if settings.ladder is None:
             return super().sweep(arguments)
 
+        from dual_policy_plugin.curriculum.dry_run import describe_sweep
         from dual_policy_plugin.curriculum.request import SweepRequest
-        from dual_policy_plugin.curriculum.stages import describe_sweep, run_sweep
+        from dual_policy_plugin.curriculum.stages import run_sweep
         from dual_policy_plugin.train import train
 
         words = [*self._parse_config(), *arguments]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,21 +12,13 @@ from dual_policy_plugin.cli import main
 from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.run_lock import lock_run, unlock_run
 from tests.curriculum.sweeps import FORAGER, RANDOM, SWEEPER, sweep_words
+from tests.test_bad_input import _clean
+
+__all__ = ["_clean"]  # no variables of the machine's, log handlers as they were
 
 LADDER = f"[{RANDOM},{FORAGER}]"
 NPC = "trainer.dual_policy.checkpoint_npc"
 PCT = "trainer.dual_policy.training_agents_pct"
-
-
-@pytest.fixture(autouse=True)
-def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Log handlers and level as they were."""
-    monkeypatch.delenv("LOG_LEVEL", raising=False)
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 def error_line(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
@@ -60,6 +50,7 @@ BAD = [
     (LADDER, [f"{PCT}=0.01"], [f"{PCT}=0.01 leaves no learner among 8 agents"]),
     (LADDER, ["env.num_agents=8,1"], ["num_agents=1"]),
     (LADDER, ["trainer.horizont=8"], ["trainer.horizont is not a known key", "trainer.horizon?"]),
+    (LADDER, ["evals.episodes=0", "seed=1,2"], ["evals.episodes=0", "the best of a stage's 2 jobs"]),
     (LADDER, ["run=a,b"], ["hydra.sweep.dir=", "give run= and train_dir= one value"]),
     (LADDER, [f"evals.held_out=[{FORAGER}]"], [f"evals.held_out={FORAGER} is the rung {FORAGER}"]),
 ]  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 
-from dual_policy_plugin.curriculum.stages import _batches, _launch
+from dual_policy_plugin.curriculum.batches import launch_batch, split_batches
 from dual_policy_plugin.curriculum.state import Job
 from dual_policy_plugin.errors import ConfigError, DivergedError, RunError
 
@@ -30,11 +30,11 @@ def jobs(*numbers: int) -> list[Job]:
     ],
 )
 def test_a_batch_has_consecutive_numbers(numbers: tuple[int, ...], size: int | None, batches: list[list[int]]) -> None:
-    assert [[job.num for job in batch] for batch in _batches(jobs(*numbers), size)] == batches
+    assert [[job.num for job in batch] for batch in split_batches(jobs(*numbers), size)] == batches
 
 
 def launch(outcome: Any) -> tuple[Any, list[Any]]:
-    """(what `_launch` gives, what the launcher was called with) where the launcher raises or gives `outcome`."""
+    """(what `launch_batch` gives, what the launcher was called with) where the launcher raises or gives `outcome`."""
     calls: list[Any] = []
 
     def launcher(batch: Any, first: int) -> Any:
@@ -44,7 +44,7 @@ def launch(outcome: Any) -> tuple[Any, list[Any]]:
         return outcome
 
     request: Any = SimpleNamespace(launch=launcher, launcher="submitit_slurm", folder=Path("train_dir/s"))
-    return _launch(request, jobs(4, 5)), calls
+    return launch_batch(request, jobs(4, 5)), calls
 
 
 def returned(value: Any) -> JobReturn:

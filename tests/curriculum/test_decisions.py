@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from dual_policy_plugin.config import PolicySource
 from dual_policy_plugin.curriculum.config import CurriculumConfig
-from dual_policy_plugin.curriculum.decisions import decide, next_place, num_tries, starts_from
+from dual_policy_plugin.curriculum.decisions import (
+    best_of_visit,
+    decide,
+    next_place,
+    num_tries,
+    reopen,
+    starts_from,
+)
 from dual_policy_plugin.curriculum.state import ChosenPolicy, EarlierRung, Gate, Job, SweepState
+from dual_policy_plugin.errors import RunError
 from dual_policy_plugin.evaluation.sequential import GateVerdict, sprt, wilson_gate
 
 PASS, FAIL = "pass", "fail"
@@ -160,8 +170,10 @@ def test_the_reason_of_sprt(wins: int, said: str) -> None:
     assert f"which by SPRT {said} promote_at=0.55 (log likelihood ratio {found.statistic:.2f}" in why
 
 
-def job(num: int, stage: int, objective: float | None, status: str = "finished") -> Job:
-    return Job(num=num, stage=stage, attempt=1, overrides=[], status=status, objective=objective, checkpoint=f"{num}/x")
+def job(num: int, stage: int, objective: float | None, status: str = "finished", attempt: int = 1) -> Job:
+    return Job(
+        num=num, stage=stage, attempt=attempt, overrides=[], status=status, objective=objective, checkpoint=f"{num}/x"
+    )
 
 
 def test_the_best_job_is_of_the_stage_and_finished() -> None:
@@ -171,6 +183,82 @@ def test_the_best_job_is_of_the_stage_and_finished() -> None:
     assert state.best_job(1) is jobs[0]
     assert state.best_job(3) is None
     assert SweepState(request={}, jobs=[job(7, 1, None), job(8, 1, -2.0)]).best_job(1).num == 8  # type: ignore[union-attr]
+
+
+def test_of_equal_jobs_the_best_is_of_the_newest_attempt() -> None:
+    jobs = [job(0, 1, 1.0), job(1, 1, 1.0), job(2, 1, 1.0, attempt=2), job(3, 1, 1.0, attempt=2)]
+    state = SweepState(request={}, jobs=[*jobs, job(4, 1, 0.9, attempt=3)])
+    assert state.best_job(1) is jobs[2]
+    assert state.best_job(1, since=3) is state.jobs[4]
+    assert state.best_job(1, since=4) is None
+
+
+def test_a_stage_that_is_visited_again_has_its_best_of_this_visit() -> None:
+    """Else the policy that did not lead further would be promoted again, and going back would change nothing."""
+    jobs = [job(0, 1, 0.9), job(1, 2, 0.1), job(2, 1, 0.5, attempt=2), job(3, 1, 0.4, attempt=3)]
+    state = SweepState(request={}, jobs=jobs, gates=[gate(1, 1, "promote"), gate(2, 1, "demote")], stage=1, attempt=2)
+    assert best_of_visit(state) is jobs[2]
+    state.gates.append(gate(1, 2, "repeat"))
+    state.attempt = 3
+    assert best_of_visit(state) is jobs[2]
+    assert starts_from(state, settings()) is jobs[2]
+    state.gates[-1].decision, state.gates[1].decision = "promote", "advance"
+    assert best_of_visit(state) is jobs[3]
+
+
+STOP = [(1, "promote"), (2, "repeat"), (2, "stop")]
+BACK = [(1, "promote"), (2, "demote"), (1, "promote"), (2, "stop")]
+
+
+@pytest.mark.parametrize(
+    ("gates", "old", "new", "decision"),
+    [
+        (STOP, {"max_attempts": 2}, {"max_attempts": 3}, "repeat"),
+        (STOP, {"max_attempts": 2}, {"max_attempts": 2, "on_fail": "advance"}, "advance"),
+        (STOP, {"max_attempts": 2}, {"max_attempts": 2, "on_fail": "demote"}, "demote"),
+        (STOP, {"max_attempts": 2}, {"max_attempts": 2, "on_fail": "demote", "max_demotions": 0}, None),
+        (STOP, {"max_attempts": 2}, {"max_attempts": 2, "max_demotions": 9}, None),
+        (STOP[:2], {"max_attempts": 2}, {"max_attempts": 5}, None),  # has not stopped: what comes is by the new ones
+        (BACK, {"max_attempts": 1, "on_fail": "demote", "max_demotions": 1},
+         {"max_attempts": 1, "on_fail": "demote", "max_demotions": 2}, "demote"),
+    ],
+)  # fmt: skip
+def test_the_decision_that_stopped_a_sweep_is_taken_anew(
+    gates: list[tuple[int, str]], old: dict[str, object], new: dict[str, object], decision: str | None
+) -> None:
+    made = [gate(stage, i, one) for i, (stage, one) in enumerate(gates, 1)]
+    state = SweepState(request={}, gates=made)
+    assert reopen(state, settings(**old)) is None  # the same settings decide the same
+    found = reopen(state, settings(**new))
+    assert (found and found.decision) == decision
+    assert found is None or found is made[-1]
+    assert reopen(state, settings(**new)) is None
+    assert [one.decision for one in made[:-1]] == [one for _, one in gates[:-1]]
+
+
+@pytest.mark.parametrize(
+    ("gates", "new", "line"),
+    [
+        (STOP, {"max_attempts": 1}, "attempt 2 at stage 2 was followed by repeat, and by these settings it is stop"),
+        (BACK, {"max_attempts": 2, "on_fail": "demote"}, "attempt 2 at stage 2 was followed by demote"),
+        ([(1, "advance")], {"max_attempts": 1}, "by these settings it is stop (1 of 1 attempts, on_fail=stop); use"),
+    ],
+)
+def test_settings_by_which_the_sweep_had_gone_another_way_are_refused(
+    gates: list[tuple[int, str]], new: dict[str, object], line: str
+) -> None:
+    made = [gate(stage, i, one) for i, (stage, one) in enumerate(gates, 1)]
+    with pytest.raises(RunError, match=re.escape(line)):
+        reopen(SweepState(request={}, gates=made), settings(**new))
+    assert [one.decision for one in made] == [one for _, one in gates]
+
+
+def test_a_gate_that_was_passed_and_forgets_is_no_promotion_when_it_is_taken_anew() -> None:
+    lost = gate(1, 1, "stop")
+    lost.passed, lost.forgotten = True, [earlier(0.1, ok=False)]
+    found = reopen(SweepState(request={}, gates=[lost]), settings(max_attempts=2))
+    assert found is not None
+    assert (found.decision, found.why) == ("repeat", "; taken anew: attempt 1 of 2")
 
 
 def test_what_an_attempt_starts_from() -> None:

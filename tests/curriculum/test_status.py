@@ -157,6 +157,15 @@ def test_the_first_line_says_how_the_sweep_ended(tmp_path: Path, values: dict[st
     assert cells(text)["2"][2] == "1"  # no attempt is under way
 
 
+@pytest.mark.parametrize(
+    ("order", "head"), [("given", "at stage 1 of 3"), ("weakest_first", "before stage 1 of 3, its")]
+)
+def test_before_its_npcs_are_ordered_no_stage_is_under_way(tmp_path: Path, order: str, head: str) -> None:
+    request = {"sweeper": {"stages": None, "order": order}, "overrides": []}
+    state = changed(tmp_path, request=request, jobs=[], gates=[], stage=1, attempt=1, policy=None)
+    assert format_status(state, "x", width=120).startswith(f"x: {head}")
+
+
 def test_demotions_are_counted_and_stages_of_self_play_are_there_before_their_npc(tmp_path: Path) -> None:
     request = {"sweeper": {"ladder": "self", "stages": 4}, "overrides": []}
     text = format_status(changed(tmp_path, request=request, demotions=2), "x", width=120)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator
+import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,14 @@ import pytest
 
 from dual_policy_plugin import train as train_module
 from dual_policy_plugin.cli import main
-from dual_policy_plugin.curriculum import gates, stages
+from dual_policy_plugin.curriculum import batches, gates, stages
 from dual_policy_plugin.errors import RunError
 from dual_policy_plugin.npc.lock import read_lock
+from dual_policy_plugin.run_lock import check_unlocked, lock_run, unlock_run
 from tests.curriculum.sweeps import FORAGER, RANDOM, SMALL, comparable, state_of, sweep_words
+from tests.test_bad_input import _clean
 
-
-@pytest.fixture(autouse=True)
-def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Log handlers and level as they were."""
-    monkeypatch.delenv("LOG_LEVEL", raising=False)
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+__all__ = ["_clean"]  # no variables of the machine's, log handlers as they were
 
 
 def test_a_sweep_walks_through_its_stages(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -47,10 +41,10 @@ def test_a_sweep_walks_through_its_stages(tmp_path: Path, caplog: pytest.LogCapt
     assert {job["status"] for job in jobs} == {"finished"}
     _check_jobs(tmp_path, jobs, state)
 
-    # the best of a stage is the job with the highest objective, the first of equals
+    # the best of a stage is the job with the highest objective, the first of the newest attempt of equals
     for gate in state["gates"]:
         rivals = [job for job in jobs if job["stage"] == gate["stage"] and job["attempt"] <= gate["attempt"]]
-        best = max(rivals, key=lambda job: (job["objective"], -job["num"]))
+        best = max(rivals, key=lambda job: (job["objective"], job["attempt"], -job["num"]))
         assert gate["job"] == best["num"]
         assert gate["episodes"] == 64
         assert gate["passed"] == (gate["low"] > 0.2)
@@ -98,7 +92,7 @@ def unkilled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 # before which call: of 10 states (begun; planned, finished, decided, three times), 3 gates and 3 results of jobs
 KILLS = [(stages, "write_state", number) for number in (1, 2, 3, 4, 6, 7, 10)]
 KILLS += [(gates, "evaluate_pinned", number) for number in (1, 2, 3)]
-KILLS += [(train_module, "_result", number) for number in (1, 2, 3)]
+KILLS += [(train_module, "run_result", number) for number in (1, 2, 3)]
 FAST = [(stages, "write_state", 3)]
 
 
@@ -142,9 +136,100 @@ def test_the_same_command_again_does_nothing(tmp_path: Path, capsys: pytest.Capt
     assert lines[:2] == lines[2:]
     assert re.fullmatch(
         rf"error: {tmp_path}/s stopped at stage 1: win rate 0\.\d+ .* does not exceed promote_at=0\.8; "
-        r"1 of 1 attempts, on_fail=stop; no policy passed stage 1",
+        r"1 of 1 attempts, on_fail=stop; no policy passed stage 1; "
+        r"a larger hydra\.sweeper\.max_attempts goes on from here",
         lines[0][0],
     )
+
+
+def test_a_stopped_sweep_goes_on_with_more_attempts_as_if_it_had_had_them(
+    tmp_path: Path, unkilled: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = sweep_words(tmp_path, f"[{RANDOM},{FORAGER}]")
+    assert main([*words, "hydra.sweeper.max_attempts=1"]) == 1
+    assert [gate["decision"] for gate in state_of(tmp_path)["gates"]] == ["promote", "stop"]
+    assert main(words) == 1  # max_attempts=2
+    state = comparable(state_of(tmp_path), tmp_path)
+    assert [gate["decision"] for gate in state["gates"]] == ["promote", "repeat", "stop"]
+    assert state["gates"][1].pop("why").endswith("1 of 1 attempts, on_fail=stop; taken anew: attempt 1 of 2")
+    wanted = deepcopy(unkilled)
+    del wanted["gates"][1]["why"]
+    assert state == wanted
+
+    before, line = (tmp_path / "s/curriculum.json").read_bytes(), ""
+    capsys.readouterr()
+    assert main([*words, "hydra.sweeper.max_attempts=1"]) == 2  # the repeat would not have been
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "attempt 1 at stage 2 was followed by repeat, and by these settings it is stop" in line
+    assert (tmp_path / "s/curriculum.json").read_bytes() == before
+    assert main([*words, "hydra.sweeper.on_fail=advance"]) == 0
+    state = state_of(tmp_path)
+    assert [gate["decision"] for gate in state["gates"]] == ["promote", "repeat", "advance"]
+    assert (state["status"], state["policy"]["job"]) == ("finished", state["gates"][2]["job"])
+
+
+def test_a_job_that_outlives_its_sweeper_is_waited_for_and_not_given_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a cluster: one job is done, the other still runs when the same command is given again."""
+    words = sweep_words(tmp_path, f"[{RANDOM}]", "seed=1,2", "hydra.sweeper.max_batch_size=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "launch_batch", lambda request, batch: _only_the_first(real, request, batch))
+        real = batches.launch_batch
+        with pytest.raises(Killed):
+            main(words)
+    assert [job["status"] for job in state_of(tmp_path)["jobs"]] == ["finished", "planned"]
+    (tmp_path / "s/1").mkdir()
+    lock = lock_run(tmp_path / "s/1", 0.0)
+    looks: list[Path] = []
+    for num_blind in (0, 1):  # the second time it takes its folder behind the first look
+
+        def look(folder: Path, num_blind: int = num_blind) -> None:
+            looks.append(folder)
+            if len(looks) > num_blind:
+                check_unlocked(folder)
+
+        looks.clear()
+        monkeypatch.setattr(stages, "check_unlocked", look)
+        capsys.readouterr()
+        assert main(words) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert f"{tmp_path}/s/1 is in use by process" in lines[-1]
+        assert looks == [tmp_path / "s/1"] * (num_blind + 1)
+        assert [job["status"] for job in state_of(tmp_path)["jobs"]] == ["finished", "planned"]
+    unlock_run(lock)
+    assert main(words) == 0
+    assert [job["status"] for job in state_of(tmp_path)["jobs"]] == ["finished", "finished"]
+
+
+def _only_the_first(real: Any, request: Any, batch: Any) -> Any:
+    if batch[0].num > 0:
+        raise Killed
+    return real(request, batch)
+
+
+def test_a_spoilt_result_and_a_lost_checkpoint_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = sweep_words(tmp_path, f"[{RANDOM}]")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "_collect", lambda *args: None)
+        assert main(words) == 2  # as where it is killed before it has seen that the job is done
+    folder = tmp_path / "s/0"
+    checkpoint = folder / json.loads((folder / "result.json").read_text())["checkpoint"]
+    content = checkpoint.read_bytes()
+    checkpoint.unlink()
+    result = (folder / "result.json").read_text()
+    for text, said in (
+        (result, f"error: {checkpoint}, which job 0 ended with, cannot be read: No such file"),
+        ('{"objective": 1}', f"error: {folder}/result.json is not as a run writes it ('checkpoint')"),
+    ):
+        (folder / "result.json").write_text(text)
+        capsys.readouterr()
+        assert main(words) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert line.startswith(said)
+    checkpoint.write_bytes(content)
+    (folder / "result.json").write_text(result)
+    assert main(words) == 0
 
 
 @pytest.mark.slow
@@ -177,6 +262,19 @@ def test_where_all_jobs_fail_the_sweep_ends_with_one_line(
     monkeypatch.setattr(train_module, "build_parts", real)  # mended: the same command tries them again
     assert main(words) == 0
     assert [job["status"] for job in state_of(tmp_path)["jobs"]] == ["finished", "finished"]
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_sent_back_comes_again_with_another_policy(tmp_path: Path) -> None:
+    words = sweep_words(tmp_path, f"[{RANDOM},{FORAGER}]", "hydra.sweeper.on_fail=demote")
+    assert main([*words, "hydra.sweeper.max_attempts=1", "hydra.sweeper.max_demotions=1"]) == 1
+    state = state_of(tmp_path)
+    assert [(gate["stage"], gate["attempt"], gate["job"], gate["decision"]) for gate in state["gates"]] == [
+        (1, 1, 0, "promote"), (2, 1, 1, "demote"), (1, 2, 2, "promote"), (2, 2, 3, "stop"),
+    ]  # fmt: skip
+    starts = [read_lock(tmp_path / f"s/{job}/npc.lock.json")[-1] for job in (2, 3)]
+    assert [one.role for one in starts] == ["initial", "initial"]
+    assert [one.sha256 for one in starts] == [state["jobs"][0]["sha256"], state["jobs"][2]["sha256"]]
 
 
 def test_self_play_over_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,15 +311,23 @@ def test_weakest_first_orders_by_games(tmp_path: Path) -> None:
     random, forager = state_of(tmp_path)["rungs"]
     assert (random["name"], forager["name"]) == ("random", "forager")
     assert random["rating"] == 0  # the anchor
-    assert 0 < forager["low"] < forager["rating"] < forager["high"]
+    assert forager["low"] < forager["rating"] < forager["high"]
+    assert forager["rating"] > 200
     assert state_of(tmp_path)["gates"][0]["opponent"] == "random"
 
 
+@pytest.fixture(scope="module")
+def old_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with three checkpoints or more."""
+    folder = tmp_path_factory.mktemp("old")
+    words = [f"train_dir={folder}", "run=old", "trainer.total_timesteps=600", "trainer.checkpoint_interval=1"]
+    assert main(["train", *SMALL, *words]) == 0
+    return folder / "old"
+
+
 @pytest.mark.slow
-def test_a_folder_may_be_a_ladder(tmp_path: Path) -> None:
-    old = [f"train_dir={tmp_path}", "run=old", "trainer.total_timesteps=600", "trainer.checkpoint_interval=1"]
-    assert main(["train", *SMALL, *old]) == 0
-    words = sweep_words(tmp_path, f"{{uri: {tmp_path}/old, type: all}}", "hydra.sweeper.promote_at=0.01")
+def test_a_folder_may_be_a_ladder(tmp_path: Path, old_run: Path) -> None:
+    words = sweep_words(tmp_path, f"{{uri: {old_run}, type: all}}", "hydra.sweeper.promote_at=0.01")
     assert main(words) == 0
     state = state_of(tmp_path)
     assert [Path(rung["uri"]).name for rung in state["rungs"]] == [
@@ -232,6 +338,42 @@ def test_a_folder_may_be_a_ladder(tmp_path: Path) -> None:
     assert [one["opponent"] for one in state["gates"][-1]["forgotten"]] == [
         rung["name"] for rung in state["rungs"][:-1]
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("selector", ["type: latest", "type: top, metric: epoch"])
+def test_the_newest_or_best_of_a_folder_are_climbed_upwards(tmp_path: Path, old_run: Path, selector: str) -> None:
+    words = sweep_words(tmp_path, f"{{uri: {old_run}, {selector}, range: 3}}", "hydra.sweeper.promote_at=0.01")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "_run_attempt", _kill)
+        with pytest.raises(Killed):
+            main(words)
+    names = sorted(path.name for path in (old_run / "checkpoints").glob("model_*"))
+    assert [Path(rung["uri"]).name for rung in state_of(tmp_path)["rungs"]] == names[-3:]
+
+
+@pytest.mark.slow
+def test_whom_the_jobs_start_from_and_are_measured_by_stays_the_same(tmp_path: Path, old_run: Path) -> None:
+    """A folder means its newest file; for the jobs of a sweep that has begun, the one that was the newest then."""
+    folder = tmp_path / "copy"
+    shutil.copytree(old_run, folder)
+    words = sweep_words(tmp_path, f"[{RANDOM},{RANDOM}]", "hydra.sweeper.carry=nothing")
+    words += [f"trainer.initial_policy.uri={folder}", f"evals.opponents=[{folder}]", f"evals.held_out=[{folder}]"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "_run_attempt", _kill)
+        with pytest.raises(Killed):
+            main(words)
+    lock = {entry.role: entry for entry in read_lock(tmp_path / "s/npc.lock.json")}
+    assert lock.keys() == {"npc", "initial", "opponent", "held_out"}
+    shutil.copy(folder / "checkpoints/model_0000.safetensors", folder / "checkpoints/model_0099.safetensors")
+    assert main(words) == 0
+    for job in (0, 1):
+        theirs = {entry.role: entry for entry in read_lock(tmp_path / f"s/{job}/npc.lock.json")}
+        assert theirs == lock | {"npc": theirs["npc"]}
+
+
+def _kill(*args: object) -> None:
+    raise Killed
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from tests.test_bad_input import SMALL, _clean, messages
 __all__ = ["_clean"]  # no variables of the machine's, log handlers as they were
 
 NAMES = ("curriculum_builtin", "curriculum_wandb", "curriculum_self_play")
-DRY = [*SMALL, "trainer.total_timesteps=4096", "env.episode_steps=16", "--dry-run"]
+DRY = [*SMALL, "trainer.total_timesteps=4096", "env.episode_steps=16", "evals.episodes=8", "--dry-run"]
 
 
 @pytest.fixture

@@ -1,0 +1,53 @@
+"""How an attempt's jobs reach a launcher, and what its errors become. Their results stand in the jobs' folders."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from dual_policy_plugin.curriculum.request import SweepRequest
+from dual_policy_plugin.curriculum.state import Job
+from dual_policy_plugin.errors import DualPolicyError, RunError
+
+log = logging.getLogger(__name__)
+
+
+def split_batches(jobs: Sequence[Job], max_batch_size: int | None) -> Iterator[list[Job]]:
+    """Jobs with consecutive numbers, as a launcher numbers them, no more than `max_batch_size` at once."""
+    batch: list[Job] = []
+    for job in jobs:
+        if batch and (job.num != batch[-1].num + 1 or len(batch) == max_batch_size):
+            yield batch
+            batch = []
+        batch.append(job)
+    if batch:
+        yield batch
+
+
+def launch_batch(request: SweepRequest, batch: Sequence[Job]) -> Exception | None:
+    """Runs jobs through the launcher; gives the first error of a job, which leaves the others' results as they are.
+
+    Raises:
+        RunError: the launcher did not bring all of them to an end.
+    """
+    try:
+        returns = request.launch([job.overrides for job in batch], batch[0].num)
+    except (DualPolicyError, HydraException, OmegaConfBaseException):
+        raise  # of what the user wrote; the command line has a line for it
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise RunError(
+            f"the launcher {request.launcher} lost jobs of {request.folder}: {reason}; "
+            "the same command continues with those that have no result"
+        ) from error
+    trouble: Exception | None = None
+    for job, one in zip(batch, returns, strict=True):
+        try:
+            _ = one.return_value
+        except Exception as error:
+            log.warning("job %d failed: %s", job.num, error)
+            trouble = trouble or error
+    return trouble
