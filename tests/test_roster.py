@@ -104,7 +104,7 @@ def test_the_interval_counts_from_the_last_snapshot() -> None:
 
 
 def test_the_gate_is_a_sequential_test_that_begins_anew_where_it_fails() -> None:
-    """gate 0.5 against 0.625: a win adds log 1.25, a loss log 0.75; log 20 passes, -log 20 fails."""
+    """Gate 0.5 against 0.625: a win adds log 1.25, a loss log 0.75; log 20 passes, -log 20 fails."""
     roster = begin(1, interval=None, gate=0.5)
     zeros = [0.0] * 3
     assert not roster.is_due(1)
