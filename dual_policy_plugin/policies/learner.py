@@ -143,7 +143,10 @@ def _check_same_net(
     if type(inner) is type(fresh) and shapes == expected:
         return
     name, args = (agent.name, agent.args) if file is None else (file.architecture, file.args)
+    ours = " ".join([agent.name, *(f"agent.{key}={value}" for key, value in agent.args.items())])
     settings = " ".join([f"agent={name}", *(f"agent.{key}={value}" for key, value in args.items())])
+    others = [f"agent.{key}" for key in agent.args if name == agent.name and key not in args]
+    without = f" without {' and '.join(others)}" if others else ""
     raise ConfigError(
-        f"trainer.initial_policy.uri={requested} holds another net than agent={agent.name}; set {settings}"
+        f"trainer.initial_policy.uri={requested} holds another net than agent={ours}; set {settings}{without}"
     )

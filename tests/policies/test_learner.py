@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
 from dual_policy_plugin.config import AgentConfig
 from dual_policy_plugin.distributed import Ranks
+from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.experience import Experience, allocate_experience
 from dual_policy_plugin.npc.resolver import PinnedPolicy, resolve
 from dual_policy_plugin.policies.binding import BoundPolicy
@@ -74,3 +76,23 @@ def test_an_initial_policy_keeps_its_own_order_of_features(tmp_path: Path) -> No
     obs = torch.tensor([5.0, -2.0]).expand(HORIZON + 1, NUM_ROWS, 2)  # ore 5, hearts -2
     learner.update_statistics(experience_of(obs), Ranks())
     assert learner.inner.encoder.mean.tolist() == [-2.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("made_with", "line"),
+    [
+        ({"hidden_size": 16}, "another net than agent=mlp agent.hidden_size=8; set agent=mlp agent.hidden_size=16$"),
+        ({}, "another net than agent=mlp agent.hidden_size=8; set agent=mlp without agent.hidden_size$"),
+    ],
+)
+def test_a_checkpoint_of_another_size_is_told_with_both_sizes(
+    tmp_path: Path, made_with: dict[str, int], line: str
+) -> None:
+    made = build_learner(
+        AgentConfig(name="mlp", args=made_with), spec(("f0",)), seed=1, initial=None, initial_agent=None,
+        dtype=torch.float32, device=CPU,
+    )  # fmt: skip
+    path = tmp_path / "made.safetensors"
+    path.write_bytes(made.encode({}))
+    with pytest.raises(ConfigError, match=line):
+        learner_of(("f0",), resolve(str(path)))
