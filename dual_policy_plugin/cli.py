@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             show_error(error)
         return error.exit_code
     except KeyboardInterrupt:
-        again = "; the same command continues the run from its last checkpoint" if words[:1] == ["train"] else ""
+        again = "; the same command continues the run from where it was stopped" if words[:1] == ["train"] else ""
         print(f"interrupted{again}", file=sys.stderr)
         return 130
 

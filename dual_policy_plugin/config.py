@@ -153,6 +153,9 @@ class TrainerConfig:
     """Iterations between checkpoints."""
     keep_checkpoints: int = 5
     """How many of the newest checkpoints stay."""
+    grace_s: float = 30.0
+    """Seconds that a stop (SIGTERM, SIGINT, SIGUSR1, SIGUSR2) may take: the rest of the iteration and the save. A stop
+    that took longer says so."""
     evaluate_interval: int | None = None
     """Iterations between evaluations; None: at the end only."""
     best_metric: str = "dual_policy/win_rate"
@@ -169,7 +172,7 @@ class TrainerConfig:
             ("learning_rate", 0, 10), ("gamma", 0, 1), ("gae_lambda", 0, 1), ("clip_coef", 0, 10), ("vf_coef", 0, 100),
             ("vf_clip_coef", 0, 1e9), ("ent_coef", 0, 100), ("max_grad_norm", 1e-9, 1e9), ("adam_beta1", 0, 0.999999),
             ("adam_beta2", 0, 0.99999999), ("adam_eps", 1e-12, 1), ("num_workers", 1, 1024),
-            ("checkpoint_interval", 1, 10**9), ("keep_checkpoints", 1, 10**6),
+            ("checkpoint_interval", 1, 10**9), ("keep_checkpoints", 1, 10**6), ("grace_s", 0.0, 86400.0),
         ):  # fmt: skip
             check_range(f"trainer.{name}", getattr(self, name), low, high)
         for name in ("target_kl", "threads", "evaluate_interval"):

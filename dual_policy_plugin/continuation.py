@@ -49,6 +49,8 @@ def resume(
     if parts.roster is not None and parts.seatings.pool is not None:
         roster = read_roster(saved, where) if saved is not None else None
         start_pool(parts.roster, parts.seatings.pool, roster, run, ranks)
+        if run is not None and run.checkpoint_path(counters.iteration).exists():  # else as `save_state` with is_stop
+            keep_snapshots(parts.roster, run)
         held_out = [entry for entry in parts.players.lock if entry.role == "held_out"]
         check_held_out(held_out, {one.sha256: one.name for one in parts.roster.snapshots()})
     seating = parts.seatings(counters.num_learner or parts.assignment.num_learner)
@@ -90,14 +92,19 @@ def save_checkpoint(
     return run.save_checkpoint(counters.iteration, parts.learner.encode(metadata), score=score).name
 
 
-def save_state(run: RunDirectory, parts: Parts, seating: Seating, counters: Counters) -> None:
-    """Saves what a continued run needs."""
+def save_state(run: RunDirectory, parts: Parts, seating: Seating, counters: Counters, *, is_stop: bool = False) -> None:
+    """Saves what a continued run needs.
+
+    With `is_stop` there is no checkpoint of this iteration, and the run is to end as if there had been no stop: what
+    the last checkpoint pinned stays so. That is enough, since snapshots are taken with a checkpoint only.
+    """
     roster = parts.roster
     state = encode_state(
         counters, parts.env, seating.mixed, parts.ppo, seating.metrics, None if roster is None else roster.as_dict()
     )
+    run.sync_metrics()
     run.save_state(STATE_NAME, state)
-    if roster is not None:
+    if roster is not None and not is_stop:
         keep_snapshots(roster, run)
     parts.players.hold.refresh()
 

@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "trainer.checkpoint_interval",
     "trainer.keep_checkpoints",
     "trainer.evaluate_interval",
+    "trainer.grace_s",
     "trainer.num_workers",
     "trainer.publish_uri",
     "evals",
@@ -145,7 +146,7 @@ class RunDirectory:
             data: a policy file.
             score: the configured metric, larger is better; None or not finite: never `best` by this one.
         """
-        files.sync_file(self.path / "metrics.jsonl")
+        self.sync_metrics()
         path = self.checkpoint_path(epoch)
         is_scored = score is not None and math.isfinite(score)
         self._scores[epoch] = score if is_scored else None
@@ -204,6 +205,10 @@ class RunDirectory:
         """Adds a line to metrics.jsonl; it must have "iteration" and nothing that depends on the clock."""
         assert "iteration" in record, "a metrics line says which iteration it belongs to"
         files.append_line(self.path / "metrics.jsonl", record)
+
+    def sync_metrics(self) -> None:
+        """Brings the metrics up to now to the disk; to be called before what is never to stand without them."""
+        files.sync_file(self.path / "metrics.jsonl")
 
     def append_timing(self, record: Mapping[str, Any]) -> None:
         """Adds a line to timing.jsonl: rates, times, costs. Never cut back: redone work took its time too."""

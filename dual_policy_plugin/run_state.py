@@ -1,6 +1,7 @@
 """All that a continued run needs, as one file of plain numbers: tensors by name and counters as JSON.
 
-`train.py` saves it after each checkpoint and restores it when the run directory has one. With an env that can hand out
+`train.py` saves it after each checkpoint, and between two where it is told to stop, and restores it when the run
+directory has one. With an env that can hand out
 its state (the arena) the continuation goes on inside the episodes; with others all envs start anew.
 """
 
@@ -48,6 +49,10 @@ class Counters:
     """Wins, draws as half, since the share of learners last changed."""
     share_episodes: float = 0.0
     """Episodes since then."""
+    score_sum: float = 0.0
+    """Of the metric that chooses the best checkpoint, over the iterations since the last one, weighed."""
+    score_weight: float = 0.0
+    """Of those iterations."""
 
     def add_iteration(self, learner_steps: int, env_agent_steps: int) -> None:
         """Counts a rollout of all ranks; a learner step of weight 0 is none."""
@@ -141,7 +146,8 @@ def keep_optimizer(pinned: PinnedPolicy, ppo: PpoUpdate) -> None:
     epoch = json.loads(metadata["counters"])["iteration"]
     if epoch != description.metadata.get("epoch"):
         raise ConfigError(
-            f"{key}: the run keeps the optimizer of its newest checkpoint, epoch {epoch}; name that, or use false"
+            f"{key}: the run keeps the optimizer of epoch {epoch}, after which it was saved last; name that "
+            "checkpoint, continue the run to its next one where there is none, or use false"
         )
     for name, tensor in ppo.adam_state().items():
         if saved[f"adam.{name}"].shape != tensor.shape:

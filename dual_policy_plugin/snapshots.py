@@ -50,8 +50,6 @@ def start_pool(
             take_snapshot(roster, run, 0, ranks, pool.state.device)
         advance_pool(roster, pool, run, ranks)
     pool.start_episodes()
-    if run is not None:
-        keep_snapshots(roster, run)
 
 
 def count_games(roster: Roster | None, pool: NpcPool | None, sums: Tensor, iteration: int) -> bool:

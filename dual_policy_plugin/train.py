@@ -2,7 +2,7 @@
 
 Config -> parts (NPCs pinned, verified, loaded; env, learner, seats) -> resume
 -> [collect rollout -> update (advantages, PPO) -> metrics -> maybe evaluate, maybe save -> NPCs and seats of the next
-iteration]* -> evaluate -> result.
+iteration -> maybe save and stop]* -> evaluate -> result.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dual_policy_plugin.evaluation.matches import MatchResult
 from dual_policy_plugin.memory import keep_freed_memory
 from dual_policy_plugin.npc.lock import lock_facts
 from dual_policy_plugin.parts import Parts, build_parts
-from dual_policy_plugin.report.iteration import Laps, Score, iteration_figures, iteration_timing
+from dual_policy_plugin.report.iteration import Laps, add_to_score, iteration_figures, iteration_timing, take_score
 from dual_policy_plugin.report.run_log import RunLog
 from dual_policy_plugin.rollout.collector import start_rollouts
 from dual_policy_plugin.run_state import (
@@ -36,6 +36,7 @@ from dual_policy_plugin.run_state import (
 )
 from dual_policy_plugin.seating import later_seed, next_seating
 from dual_policy_plugin.snapshots import change_npcs, count_games
+from dual_policy_plugin.stop_signals import StopSignals
 
 
 def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., Any] | None = None) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
     keep_freed_memory()
     ranks = join_ranks(device.type)
     with ExitStack() as stack:
+        signals = stack.enter_context(StopSignals(trainer.grace_s))
         stack.callback(leave_ranks)
         run = stack.enter_context(open_run(config, resolved_yaml)) if ranks.is_first else None
         parts = build_parts(config, run.path if run else None, ranks, device, make_host, stack)
@@ -75,9 +77,10 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
             # no state to go on from: new episodes, or a run that is often stopped would see its first ones only
             env.reset(later_seed(config, counters), stagger=True)
         log = stack.enter_context(RunLog(run, config, parts.players.npcs)) if run else None
-        score, figures = Score(trainer.best_metric), last_figures(run) if run else {}
+        figures = last_figures(run) if run else {}
         start_rollouts(env, seating.mixed, seating.experience)
         laps, clock = Laps(device), time.perf_counter()
+        signals.listen()
         while counters.agent_step < trainer.total_timesteps:
             laps.mark()
             first_step = counters.iteration * trainer.horizon
@@ -103,17 +106,21 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
             if run is not None and log is not None:
                 if trainer.evaluate_interval and counters.iteration % trainer.evaluate_interval == 0 and not is_last:
                     figures |= as_metrics(_evaluate(config, parts, device, make_host))
-                score.add(figures)
+                add_to_score(counters, figures, trainer.best_metric)
                 log.record(counters.iteration, figures, timing)  # first: no checkpoint stands without its metrics
                 if is_last or is_snapshot or counters.iteration % trainer.checkpoint_interval == 0:
-                    checkpoint = save_checkpoint(config.run, run, parts, counters, figures, score.take())
+                    checkpoint = save_checkpoint(config.run, run, parts, counters, figures, take_score(counters))
             snapshot = counters.iteration if is_snapshot else None
             change_npcs(parts.roster, parts.seatings.pool, run, snapshot, ranks)
             seating = next_seating(config, env, parts.seatings, seating, counters, sums)
+            asked = signals.asked(ranks, device)
             if run is not None and log is not None:
-                if checkpoint is not None:
-                    save_state(run, parts, seating, counters)
+                if checkpoint is not None or asked:
+                    save_state(run, parts, seating, counters, is_stop=checkpoint is None)
                 log.show(counters.iteration, figures, timing, checkpoint)
+            if asked:
+                signals.answer(asked, counters.iteration, ranks, device)
+        signals.release()
 
         if run is None or log is None:
             return {}

@@ -346,7 +346,7 @@ def test_a_live_run_is_refused_and_an_interrupted_one_continues(
     finally:
         program.kill()
     assert program.returncode == 130
-    assert messages(stderr) == ["interrupted; the same command continues the run from its last checkpoint"]
+    assert messages(stderr) == ["interrupted; the same command continues the run from where it was stopped"]
     seen = iterations("live")
     assert seen == list(range(1, len(seen) + 1))
     assert main(["train", *words, f"{TOTAL}={(len(seen) + 2) * STEPS}"]) == 0

@@ -151,7 +151,8 @@ def main(connection_fd: int, memory_fd: int, lifeline_fd: int, crash_fd: int, pa
 
     It leaves without the interpreter's teardown: that takes long after big imports, and everyone waits for it.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)  # a scheduler sends it to all processes: the parent decides what it means
     faulthandler.enable(os.fdopen(crash_fd, "wb", buffering=0), all_threads=False)
     watch_parent(lifeline_fd, parent)
     connection = socket.socket(fileno=connection_fd)

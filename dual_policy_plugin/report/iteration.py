@@ -109,20 +109,22 @@ def iteration_timing(
     return timing
 
 
-class Score:
-    """The mean of the metric that chooses `best`, over the iterations since it was last taken."""
+def add_to_score(counters: Counters, figures: dict[str, float], name: str) -> None:
+    """Adds an iteration to the score of the next checkpoint, weighed by its episodes.
 
-    def __init__(self, name: str) -> None:
-        self.name, self.total, self.weight = name, 0.0, 0.0
+    Args:
+        counters: of the run; they keep the sums.
+        figures: of the iteration.
+        name: of the metric that chooses `best`; an iteration without it adds nothing.
+    """
+    if name in figures:
+        weight = figures.get("dual_policy/episodes", 1.0)
+        counters.score_sum += weight * figures[name]
+        counters.score_weight += weight
 
-    def add(self, figures: dict[str, float]) -> None:
-        """Adds an iteration in which the metric exists, weighed by its episodes."""
-        if self.name in figures:
-            weight = figures.get("dual_policy/episodes", 1.0)
-            self.total, self.weight = self.total + weight * figures[self.name], self.weight + weight
 
-    def take(self) -> float | None:
-        """The mean, None where the metric did not occur."""
-        score = self.total / self.weight if self.weight else None
-        self.total = self.weight = 0.0
-        return score
+def take_score(counters: Counters) -> float | None:
+    """The mean of the metric over the iterations since it was last taken; None where the metric did not occur."""
+    score = counters.score_sum / counters.score_weight if counters.score_weight else None
+    counters.score_sum = counters.score_weight = 0.0
+    return score
