@@ -438,4 +438,5 @@ def await_iterations(run: Path, num_iterations: int, program: subprocess.Popen[s
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is told to ignore it
     stop_in_turn(Path(sys.argv[1]), sys.argv[2])
