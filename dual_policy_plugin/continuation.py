@@ -20,9 +20,9 @@ from dual_policy_plugin.run_directory import RunDirectory
 from dual_policy_plugin.run_state import (
     STATE_NAME,
     Counters,
+    SavedState,
     encode_state,
     keep_optimizer,
-    read_roster,
     restore_state,
 )
 from dual_policy_plugin.seating import Seating
@@ -38,7 +38,7 @@ def open_run(config: Config, resolved_yaml: str) -> RunDirectory:
 
 
 def resume(
-    config: Config, run: RunDirectory | None, parts: Parts, counters: Counters, saved: bytes | None, ranks: Ranks
+    config: Config, run: RunDirectory | None, parts: Parts, counters: Counters, saved: SavedState | None, ranks: Ranks
 ) -> Seating:
     """Puts the run where it was stopped; a new one saves epoch 0, so that its beginning can be played against too."""
     initial, where = config.trainer.initial_policy, "" if run is None else str(run.path / "state" / STATE_NAME)
@@ -47,8 +47,7 @@ def resume(
             keep_optimizer(parts.players.initial, parts.ppo)
         save_checkpoint(config.run, run, parts, counters, {}, None)
     if parts.roster is not None and parts.seatings.pool is not None:
-        roster = read_roster(saved, where) if saved is not None else None
-        start_pool(parts.roster, parts.seatings.pool, roster, run, ranks)
+        start_pool(parts.roster, parts.seatings.pool, saved.roster if saved is not None else None, run, ranks)
         if run is not None and run.checkpoint_path(counters.iteration).exists():  # else as `save_state` with is_stop
             keep_snapshots(parts.roster, run)
         held_out = [entry for entry in parts.players.lock if entry.role == "held_out"]

@@ -1,8 +1,8 @@
 """All that a continued run needs, as one file of plain numbers: tensors by name and counters as JSON.
 
 `train.py` saves it after each checkpoint, and between two where it is told to stop, and restores it when the run
-directory has one. With an env that can hand out
-its state (the arena) the continuation goes on inside the episodes; with others all envs start anew.
+directory has one. With an env that can hand out its state (the arena) the continuation goes on inside the episodes;
+with others all envs start anew.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Counters:
     num_learner: int = 0
     """Learners in each env now; 0: as the run began."""
     share_wins: float = 0.0
-    """Wins, draws as half, since the share of learners last changed."""
+    """Wins, draws as half, since the schedule of the share last looked at them."""
     share_episodes: float = 0.0
     """Episodes since then."""
     score_sum: float = 0.0
@@ -78,28 +78,31 @@ def encode_state(
     return bytes(safetensors.torch.save(whole, metadata=metadata))
 
 
-def read_counters(data: bytes, where: str) -> Counters:
-    """How far the run of a saved state was."""
-    metadata, _ = read_safetensors(data, where)
-    return Counters(**json.loads(metadata["counters"]))
+@dataclass(kw_only=True, slots=True, frozen=True)
+class SavedState:
+    """What `encode_state` was given, read once."""
+
+    counters: Counters
+    roster: dict[str, Any] | None
+    tensors: dict[str, Tensor]
 
 
-def read_roster(data: bytes, where: str) -> dict[str, Any] | None:
-    """The roster of a saved state, as `encode_state` was given it."""
-    metadata, _ = read_safetensors(data, where)
-    roster: dict[str, Any] | None = json.loads(metadata["roster"])
-    return roster
+def decode_state(data: bytes, where: str) -> SavedState:
+    """A saved state; `where` names it in errors."""
+    metadata, tensors = read_safetensors(data, where)
+    counters = Counters(**json.loads(metadata["counters"]))
+    return SavedState(counters=counters, roster=json.loads(metadata["roster"]), tensors=tensors)
 
 
 def restore_state(
-    data: bytes, where: str, env: VecEnv, mixed: MixedPolicy, ppo: PpoUpdate, metrics: EpisodeMetrics
+    state: SavedState, where: str, env: VecEnv, mixed: MixedPolicy, ppo: PpoUpdate, metrics: EpisodeMetrics
 ) -> None:
-    """Puts a saved state into the live objects.
+    """Puts the tensors of a saved state into the live objects.
 
     Raises:
         RunError: the state was saved by a run of another shape.
     """
-    _, saved = read_safetensors(data, where)
+    saved = state.tensors
     has_env = hasattr(env, "load_state_dict") and any(name.startswith("env.") for name in saved)
     live = _live_tensors(mixed, ppo, metrics)
     for name, tensor in live.items():

@@ -30,7 +30,7 @@ from dual_policy_plugin.rollout.collector import start_rollouts
 from dual_policy_plugin.run_state import (
     STATE_NAME,
     Counters,
-    read_counters,
+    decode_state,
     share_counters,
     share_state,
 )
@@ -68,8 +68,9 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
         env, ppo = parts.env, parts.ppo
         first_env = ranks.rank * env.spec.num_envs
 
-        saved = run.load_state(STATE_NAME) if run else None
-        counters = share_counters(read_counters(saved, STATE_NAME) if saved else Counters(), ranks, device)
+        data = run.load_state(STATE_NAME) if run else None
+        saved = decode_state(data, STATE_NAME) if data else None
+        counters = share_counters(saved.counters if saved else Counters(), ranks, device)
         env.reset(config.seed, stagger=True)
         seating = resume(config, run, parts, counters, saved, ranks)
         share_state(seating.mixed, ppo, seating.metrics, ranks)

@@ -25,7 +25,7 @@ from dual_policy_plugin.rollout.collector import collect_rollout, start_rollouts
 from dual_policy_plugin.rollout.episode_metrics import EpisodeMetrics
 from dual_policy_plugin.rollout.fused import FusedPlay, why_not_fused
 from dual_policy_plugin.rollout.mixed_policy import MixedPolicy, RandomNumbers
-from dual_policy_plugin.run_state import Counters, encode_state, read_counters, restore_state
+from dual_policy_plugin.run_state import Counters, decode_state, encode_state, restore_state
 from tests.gpu.agreement import (
     assert_as_near,
     assert_drawn,
@@ -343,8 +343,9 @@ def check_restored_state(device: torch.device, dtype: torch.dtype, size: Size, *
     wanted, parameters = go_on(game)
     new = Game(device, dtype, size, is_decided=False, settings=settings)
     for where, other in (("the same run", game), ("a new run", new)):
-        restore_state(saved, "state", other.env, other.mixed, other.ppo, other.metrics)
-        counters = read_counters(saved, "state")
+        state = decode_state(saved, "state")
+        restore_state(state, "state", other.env, other.mixed, other.ppo, other.metrics)
+        counters = state.counters
         assert counters.iteration == num_iterations
         start_rollouts(other.env, other.mixed, other.experience)
         seen, reached = go_on(other)
