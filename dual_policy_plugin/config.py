@@ -151,6 +151,8 @@ class TrainerConfig:
     """On a GPU: fused kernels and captured CUDA graphs; false: plain torch, to compare with. No effect on a CPU."""
     checkpoint_interval: int = 50
     """Iterations between checkpoints."""
+    state_interval_s: float = 60.0
+    """Seconds after which the state is saved between two checkpoints too: what a killed run has to do again."""
     keep_checkpoints: int = 5
     """How many of the newest checkpoints stay."""
     grace_s: float = 30.0
@@ -162,6 +164,9 @@ class TrainerConfig:
     """Which metric makes a checkpoint `best` (larger is better)."""
     publish_uri: str | None = None
     """s3://bucket/prefix/ that gets every checkpoint as <run>/model_<epoch>.safetensors, once; None: nowhere."""
+    sync_uri: str | None = None
+    """s3://bucket/prefix/ or a folder, under which the run directory is mirrored as <run>/, so that the run can go on
+    on another machine; None: nowhere."""
     initial_policy: PolicySource | None = None
     """Start the learner from this checkpoint; not a resume."""
     dual_policy: DualPolicyConfig = field(default_factory=DualPolicyConfig)
@@ -173,6 +178,7 @@ class TrainerConfig:
             ("vf_clip_coef", 0, 1e9), ("ent_coef", 0, 100), ("max_grad_norm", 1e-9, 1e9), ("adam_beta1", 0, 0.999999),
             ("adam_beta2", 0, 0.99999999), ("adam_eps", 1e-12, 1), ("num_workers", 1, 1024),
             ("checkpoint_interval", 1, 10**9), ("keep_checkpoints", 1, 10**6), ("grace_s", 0.0, 86400.0),
+            ("state_interval_s", 0.0, 86400.0),
         ):  # fmt: skip
             check_range(f"trainer.{name}", getattr(self, name), low, high)
         for name in ("target_kl", "threads", "evaluate_interval"):

@@ -9,6 +9,9 @@ DualPolicyError
 ├── CheckpointError        a policy file that cannot be read
 │   └── SpacesError        a policy made for other observations or actions
 ├── RunError               the run directory: locked, unwritable, made by another config, disk full
+│   └── StorageError       what the run directory is mirrored to was lost for too long
+├── RankLostError          another rank of this job is gone
+├── LaunchError            a cluster or a cloud refuses a job, or is not there
 ├── DivergedError          training made a number that is not finite
 ├── CurriculumStopped      a sweep ended before its last stage, as its on_fail says
 └── WandbError             Weights & Biases was asked for its runs, and
@@ -18,9 +21,18 @@ DualPolicyError
 
 The command line prints a DualPolicyError as one line and exits with its `exit_code`; anything else is a defect of
 ours and keeps its traceback.
+
+Exit codes: 0 done; 1 a gate stays shut; 2 the user's mistake; 3 diverged; 4 to 6 W&B's; 7 a limit of the launch was
+reached; 75 something was lost and the same command goes on; 128 + n ended by signal n. Launchers start a job again on
+75 and on no other.
 """
 
 from __future__ import annotations
+
+EXIT_LIMIT = 7
+"""A limit that the launch was given ended the run; its state is saved."""
+EXIT_AGAIN = 75
+"""A machine, a rank, a storage or a network was lost: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
 
 
 class DualPolicyError(Exception):
@@ -59,6 +71,22 @@ class SpacesError(CheckpointError):
 
 class RunError(DualPolicyError):
     """A run directory that cannot be used: locked, unwritable, made by another config, disk full."""
+
+
+class StorageError(RunError):
+    """The storage that a run is mirrored to could not be reached for too long; the local run directory is whole."""
+
+    exit_code = EXIT_AGAIN
+
+
+class RankLostError(DualPolicyError):
+    """Another rank of a job with several ranks has ended, or never came."""
+
+    exit_code = EXIT_AGAIN
+
+
+class LaunchError(DualPolicyError):
+    """A cluster or a cloud is not there, or refuses a job."""
 
 
 class DivergedError(DualPolicyError):

@@ -1,0 +1,1 @@
+"""What stands between a command line here and a run on other machines: checks, tasks, clusters."""
