@@ -48,7 +48,7 @@ def resume(
         save_checkpoint(config.run, run, parts, counters, {}, None)
     if parts.roster is not None and parts.seatings.pool is not None:
         start_pool(parts.roster, parts.seatings.pool, saved.roster if saved is not None else None, run, ranks)
-        if run is not None and run.checkpoint_path(counters.iteration).exists():  # else as `save_state` with is_stop
+        if run is not None and run.checkpoint_path(counters.iteration).exists():  # else as `save_state` between two
             keep_snapshots(parts.roster, run)
         held_out = [entry for entry in parts.players.lock if entry.role == "held_out"]
         check_held_out(held_out, {one.sha256: one.name for one in parts.roster.snapshots()})
@@ -61,10 +61,10 @@ def resume(
     return seating
 
 
-def last_figures(run: RunDirectory) -> dict[str, float]:
-    """The newest line of metrics.jsonl; empty in a new run."""
-    lines = read_lines(run.path / "metrics.jsonl")
-    return {name: value for name, value in json.loads(lines[-1]).items() if name != "iteration"} if lines else {}
+def last_figures(run: RunDirectory, name: str = "metrics.jsonl") -> dict[str, float]:
+    """The newest line of metrics.jsonl or timing.jsonl; empty in a new run."""
+    lines = read_lines(run.path / name)
+    return {key: value for key, value in json.loads(lines[-1]).items() if key != "iteration"} if lines else {}
 
 
 def save_checkpoint(
@@ -91,19 +91,21 @@ def save_checkpoint(
     return run.save_checkpoint(counters.iteration, parts.learner.encode(metadata), score=score).name
 
 
-def save_state(run: RunDirectory, parts: Parts, seating: Seating, counters: Counters, *, is_stop: bool = False) -> None:
+def save_state(
+    run: RunDirectory, parts: Parts, seating: Seating, counters: Counters, *, is_between: bool = False
+) -> None:
     """Saves what a continued run needs.
 
-    With `is_stop` there is no checkpoint of this iteration, and the run is to end as if there had been no stop: what
-    the last checkpoint pinned stays so. That is enough, since snapshots are taken with a checkpoint only.
+    With `is_between` there is no checkpoint of this iteration, and the run is to end as if nothing had been saved here:
+    what the last checkpoint pinned stays so. That is enough, since snapshots are taken with a checkpoint only.
     """
     roster = parts.roster
     state = encode_state(
         counters, parts.env, seating.mixed, parts.ppo, seating.metrics, None if roster is None else roster.as_dict()
     )
-    run.sync_metrics()
+    run.sync_lines()
     run.save_state(STATE_NAME, state)
-    if roster is not None and not is_stop:
+    if roster is not None and not is_between:
         keep_snapshots(roster, run)
     parts.players.hold.refresh()
 
@@ -115,6 +117,7 @@ def run_result(
     counters: Counters,
     figures: dict[str, float],
     evals: list[MatchResult],
+    elapsed_s: float,
 ) -> dict[str, Any]:
     """What the run came to; `objective` is what a sweeper maximizes: the mean win rate, else the learner's return.
 
@@ -129,7 +132,7 @@ def run_result(
         "agent_step": counters.agent_step,
         "env_agent_step": counters.env_agent_step,
         "iterations": counters.iteration,
-        "elapsed_s": round(counters.elapsed_s, 3),
+        "elapsed_s": round(elapsed_s, 3),
         "checkpoint": str(newest[1].relative_to(run.path)) if newest else None,
         "npcs": [{"name": npc.name, "uri": npc.uri, "sha256": npc.sha256} for npc in parts.players.npcs],
         "evals": [result.as_dict() for result in evals],

@@ -177,7 +177,7 @@ def _check_best_metric(config: Config, metrics: EpisodeMetrics, opponents: list[
     """A metric that never occurs would never make a checkpoint `best`, and nobody would know why."""
     name = config.trainer.best_metric
     default = next(field.default for field in fields(TrainerConfig) if field.name == "best_metric")
-    known = [*metrics.names(), *(f"losses/{loss}" for loss in LOSS_NAMES), "losses/explained_variance"]
+    known = [*metrics.names(), *(f"losses/{loss}" for loss in (*LOSS_NAMES, "explained_variance", "weight_norm"))]
     evals = [f"evals/{opponent.name}/{figure}" for opponent in opponents for figure in ("win_rate", "low", "high")]
     if name in evals and not (config.trainer.evaluate_interval and config.evals.episodes):
         raise ConfigError(

@@ -148,7 +148,7 @@ class RunDirectory:
             data: a policy file.
             score: the configured metric, larger is better; None or not finite: never `best` by this one.
         """
-        self.sync_metrics()
+        self.sync_lines()
         path = self.checkpoint_path(epoch)
         is_scored = score is not None and math.isfinite(score)
         self._scores[epoch] = score if is_scored else None
@@ -208,9 +208,10 @@ class RunDirectory:
         assert "iteration" in record, "a metrics line says which iteration it belongs to"
         files.append_line(self.path / "metrics.jsonl", record)
 
-    def sync_metrics(self) -> None:
-        """Brings the metrics up to now to the disk; to be called before what is never to stand without them."""
-        files.sync_file(self.path / "metrics.jsonl")
+    def sync_lines(self) -> None:
+        """Brings metrics and timing up to now to the disk; to be called before what is never to stand without them."""
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            files.sync_file(self.path / name)
 
     def append_timing(self, record: Mapping[str, Any]) -> None:
         """Adds a line to timing.jsonl: rates, times, costs. Never cut back: redone work took its time too."""

@@ -41,8 +41,6 @@ class Counters:
     """Learner steps with weight 1, over all ranks."""
     env_agent_step: int = 0
     """Steps of all agents, over all ranks."""
-    elapsed_s: float = 0.0
-    """Wall-clock seconds of training, over all restarts."""
     num_learner: int = 0
     """Learners in each env now; 0: as the run began."""
     share_wins: float = 0.0

@@ -24,7 +24,14 @@ from dual_policy_plugin.evaluation.matches import MatchResult
 from dual_policy_plugin.memory import keep_freed_memory
 from dual_policy_plugin.npc.lock import lock_facts
 from dual_policy_plugin.parts import Parts, build_parts
-from dual_policy_plugin.report.iteration import Laps, add_to_score, iteration_figures, iteration_timing, take_score
+from dual_policy_plugin.report.iteration import (
+    Laps,
+    RunClock,
+    add_to_score,
+    iteration_figures,
+    iteration_rates,
+    take_score,
+)
 from dual_policy_plugin.report.run_log import RunLog
 from dual_policy_plugin.rollout.collector import start_rollouts
 from dual_policy_plugin.run_state import (
@@ -58,6 +65,7 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
     set_threads(config, make_host)
     keep_freed_memory()
     ranks = join_ranks(device.type)
+    clock = RunClock(config.hourly_cost, ranks)
     with ExitStack() as stack:
         signals = stack.enter_context(StopSignals(trainer.grace_s))
         stack.callback(leave_ranks)
@@ -79,8 +87,9 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
             env.reset(later_seed(config, counters), stagger=True)
         log = stack.enter_context(RunLog(run, config, parts.players.npcs)) if run else None
         figures = last_figures(run) if run else {}
+        clock.go_on(last_figures(run, "timing.jsonl") if run else {})
         start_rollouts(env, seating.mixed, seating.experience)
-        laps, clock = Laps(device), time.perf_counter()
+        laps, saved_at = Laps(device), time.monotonic()
         signals.listen()
         while counters.agent_step < trainer.total_timesteps:
             laps.mark()
@@ -97,10 +106,7 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
             figures, sums = iteration_figures(
                 counters, learning_rate, losses, seating.metrics, experience, env.spec, ranks
             )
-            finished = time.perf_counter()
-            counters.elapsed_s += finished - clock  # with what evaluation and saving took after the last iteration
-            clock = finished
-            timing = iteration_timing(config, counters, experience, env.spec, ranks, laps)
+            timing = iteration_rates(experience, env.spec, ranks, laps) | clock.read()
             is_last = counters.agent_step >= trainer.total_timesteps
             is_snapshot = count_games(parts.roster, seating.mixed.pool, sums, counters.iteration)
             checkpoint = None
@@ -116,8 +122,10 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
             seating = next_seating(config, env, parts.seatings, seating, counters, sums)
             asked = signals.asked(ranks, device)
             if run is not None and log is not None:
-                if checkpoint is not None or asked:
-                    save_state(run, parts, seating, counters, is_stop=checkpoint is None)
+                is_due = time.monotonic() - saved_at >= trainer.state_interval_s
+                if checkpoint is not None or asked or is_due:
+                    save_state(run, parts, seating, counters, is_between=checkpoint is None)
+                    saved_at = time.monotonic()
                 log.show(counters.iteration, figures, timing, checkpoint)
             if asked:
                 signals.answer(asked, counters.iteration, ranks, device)
@@ -128,7 +136,10 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
         if config.evals.episodes and parts.opponents:
             names = ", ".join(opponent.name for opponent in parts.opponents)
             log.message(f"evaluating: {config.evals.episodes} episodes against {names}")
-        result = run_result(config, run, parts, counters, figures, _evaluate(config, parts, device, make_host))
+        evals = _evaluate(config, parts, device, make_host)
+        totals = clock.read()
+        run.append_timing({"iteration": counters.iteration, **totals})
+        result = run_result(config, run, parts, counters, figures, evals, totals["timing/elapsed_s"])
         log.result(result)
         return result
 

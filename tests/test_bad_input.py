@@ -50,11 +50,11 @@ import numpy as np
 
 
 class ToyGame:
-    """A ParallelEnv that pays 1 a step, and infinity from step `breaks_at` on."""
+    """A ParallelEnv that pays 1 a step, and all, the first or the last agent infinity from step `breaks_at` on."""
 
-    def __init__(self, seats, breaks_at):
+    def __init__(self, seats, breaks_at, paid):
         self.possible_agents = tuple(f"seat_{i}" for i in range(seats))
-        self.breaks_at, self.max_episode_steps = breaks_at, 64
+        self.breaks_at, self.paid, self.max_episode_steps = breaks_at, paid, 64
 
     def observation_space(self, agent):
         return SimpleNamespace(shape=(2,), low=0.0, high=1.0)
@@ -71,14 +71,15 @@ class ToyGame:
 
     def step(self, actions):
         self.t += 1
-        pay = {agent: float("inf") if self.t >= self.breaks_at else 1.0 for agent in self.agents}
+        broken = {"first": self.agents[:1], "last": self.agents[-1:]}.get(self.paid, self.agents)
+        pay = {agent: float("inf") if agent in broken and self.t >= self.breaks_at else 1.0 for agent in self.agents}
         ends, no = dict.fromkeys(self.agents, self.t >= 64), dict.fromkeys(self.agents, False)
         self.agents = [] if self.t >= 64 else self.agents
         return self._seen(), pay, ends, no, {agent: {} for agent in pay}
 
 
-def make(index, *, seats=2, breaks_at=1000):
-    return ToyGame(seats, breaks_at)
+def make(index, *, seats=2, breaks_at=1000, paid="all"):
+    return ToyGame(seats, breaks_at, paid)
 '''
 
 
@@ -490,14 +491,24 @@ def test_a_policy_of_another_env(place: Path, capsys: pytest.CaptureFixture[str]
     assert "take a policy made for this env" in line
 
 
-def test_a_run_that_diverges_keeps_its_last_healthy_checkpoint(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [*TOY, "+env.breaks_at=20", "run=diverged", "trainer.checkpoint_interval=1", f"{TOTAL}=100000"]
+@pytest.mark.parametrize("who", ["", "first", "last"])
+def test_a_run_that_diverges_keeps_its_last_healthy_checkpoint(
+    place: Path, capsys: pytest.CaptureFixture[str], who: str
+) -> None:
+    """All agents are paid infinity from step 20 on, the learner alone, or the NPC alone, whom no loss knows."""
+    run = f"diverged_{who}"
+    words = [*TOY, "+env.breaks_at=20", f"run={run}", "trainer.checkpoint_interval=1", f"{TOTAL}=100000"]
+    if who:
+        # a net for this env to play against
+        assert main(["train", *TOY, f"run=npc_{who}", f"{TOTAL}={STEPS}"]) == 0
+        words += [f"+env.paid={who}", "+dual_policy=checkpoint", f"{URI}=train_dir/npc_{who}"]
     line = error_line(capsys, *words, code=3)
-    assert "iteration 3: " in line
-    assert "is not finite" in line
-    assert "lower trainer.learning_rate" in line
-    assert iterations("diverged") == [1, 2]
-    policy = load_policy_from_checkpoint("train_dir/diverged/checkpoints")
+    assert "iteration 3: reward" in line
+    assert ("losses/policy_loss" in line) == (who != "last")
+    assert "not finite" in line
+    assert "mend the env's rewards" in line
+    assert iterations(run) == [1, 2]
+    policy = load_policy_from_checkpoint(f"train_dir/{run}/checkpoints")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in policy.state_dict().values())
-    newest = decode_policy(Path("train_dir/diverged/checkpoints/latest.safetensors").read_bytes(), "latest")
+    newest = decode_policy(Path(f"train_dir/{run}/checkpoints/latest.safetensors").read_bytes(), "latest")
     assert newest.metadata["epoch"] == 2

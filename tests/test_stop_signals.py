@@ -85,11 +85,10 @@ def saved_iteration(run: Path) -> int:
 
 
 def state_of(run: Path) -> dict[str, Any]:
-    """All of a run's state but for the time it took: the digest of each tensor, counters, roster."""
+    """All of a run's state: the digest of each tensor, counters, roster."""
     with safe_open(run / "state/training.safetensors", "np") as file:
         state = {key: json.loads(value) for key, value in file.metadata().items()}
         tensors = {key: hashlib.sha256(file.get_tensor(key).tobytes()).hexdigest() for key in file.keys()}  # noqa: SIM118
-    del state["counters"]["elapsed_s"]
     return state | tensors
 
 

@@ -183,7 +183,8 @@ class PpoUpdate:
             learning_rate: of Adam, for this whole update.
 
         Returns:
-            Scalars on the device: LOSS_NAMES as means over the minibatches that were used, explained_variance.
+            Scalars on the device: LOSS_NAMES as means over the minibatches that were used, explained_variance, and weight_norm, the
+            Euclidean norm of all weights after the update.
         """
         self.learning_rate.fill_(learning_rate)
         if not self._is_capturing:
@@ -243,4 +244,5 @@ class PpoUpdate:
         count = count.clamp(min=1.0)
         variance = total_square / count - (total / count).square()
         losses["explained_variance"] = (1.0 - variance[0] / variance[1].clamp(min=1e-8)).float()
+        losses["weight_norm"] = self.parameters.flat.detach().norm()
         return losses

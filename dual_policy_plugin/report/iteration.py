@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dual_policy_plugin.config import Config
 from dual_policy_plugin.distributed import Ranks, sum_over_ranks
 from dual_policy_plugin.errors import DivergedError
 from dual_policy_plugin.experience import Experience
@@ -38,32 +38,42 @@ def iteration_figures(
         them, on the host.
 
     Raises:
-        DivergedError: a loss or the gradient is not finite.
+        DivergedError: a loss, the gradient, the weights or a reward is not finite, on every rank.
     """
     sums, num_losses = metrics.take_sums(ranks), len(losses)
     weights = experience.weights
     steps = sums.new_full((), experience.actions.numel()) if weights is None else weights.sum(dtype=torch.float64)
-    steps = sum_over_ranks(steps, ranks)
-    numbers = torch.cat([torch.stack(list(losses.values())).double(), steps.view(1), sums.flatten()]).cpu()
+    # one reduction: learner steps, and a sum that shows whether any reward of a running episode is not finite
+    totals = sum_over_ranks(torch.stack([steps, metrics.returns.sum()]), ranks)
+    numbers = torch.cat([torch.stack(list(losses.values())).double(), totals, sums.flatten()]).cpu()
     counters.add_iteration(
         int(numbers[num_losses]), experience.horizon * spec.num_envs * spec.num_agents * ranks.world_size
     )
     values = numbers[:num_losses].tolist()
-    figures = {f"losses/{name}": value for name, value in zip(losses, values, strict=True)}
-    broken = [name for name, value in figures.items() if not math.isfinite(value)]
-    if broken:
-        raise DivergedError(
-            f"iteration {counters.iteration}: {', '.join(broken)} is not finite; the last checkpoint is healthy: "
-            "continue from it as trainer.initial_policy with a lower trainer.learning_rate"
-        )
+    sums = numbers[num_losses + 2 :].view(sums.shape)
     charts = {
         "charts/agent_step": float(counters.agent_step),
         "charts/env_agent_step": float(counters.env_agent_step),
         "charts/epoch": float(counters.iteration),
         "charts/learning_rate": learning_rate,
     }
-    sums = numbers[num_losses + 1 :].view(sums.shape)
-    return {**charts, **figures, **metrics.figures(sums)}, sums
+    of_update = {f"losses/{name}": value for name, value in zip(losses, values, strict=True)}
+    of_env = metrics.figures(sums)
+    _check_finite(counters.iteration, of_update, {"reward": float(numbers[num_losses + 1]), **of_env})
+    return {**charts, **of_update, **of_env}, sums
+
+
+def _check_finite(iteration: int, of_update: dict[str, float], of_env: dict[str, float]) -> None:
+    """Raises a DivergedError where a figure of the update or of the env is not finite."""
+    from_env = [name for name, value in of_env.items() if not math.isfinite(value)]
+    broken = from_env + [name for name, value in of_update.items() if not math.isfinite(value)]
+    if not broken:
+        return
+    mend = "mend the env's rewards, then" if from_env else "lower trainer.learning_rate, and"
+    raise DivergedError(
+        f"iteration {iteration}: {', '.join(broken[:6])} {'is' if len(broken) == 1 else 'are'} not finite; the last "
+        f"checkpoint is healthy: {mend} begin a new run from it with trainer.initial_policy.uri="
+    )
 
 
 class Laps:
@@ -91,22 +101,46 @@ class Laps:
         return [second - first for first, second in pairwise(marks)]
 
 
-def iteration_timing(
-    config: Config, counters: Counters, experience: Experience, spec: EnvSpec, ranks: Ranks, laps: Laps
-) -> dict[str, float]:
-    """Rates and costs of the iteration whose rollout and update are in `laps`."""
+def iteration_rates(experience: Experience, spec: EnvSpec, ranks: Ranks, laps: Laps) -> dict[str, float]:
+    """Rates of the iteration whose rollout and update are in `laps`."""
     rollout_s, update_s = laps.take()
     steps_per_s = experience.horizon * ranks.world_size / (rollout_s + update_s)
-    timing = {
+    return {
         "charts/learner_SPS": steps_per_s * experience.num_rows,
         "charts/env_agent_SPS": steps_per_s * spec.num_envs * spec.num_agents,
         "timing/rollout_s": rollout_s,
         "timing/update_s": update_s,
     }
-    if config.hourly_cost is not None:
-        timing["cost/hourly_total"] = config.hourly_cost * ranks.num_machines
-        timing["cost/accrued_total"] = timing["cost/hourly_total"] * counters.elapsed_s / 3600
-    return timing
+
+
+class RunClock:
+    """Wall-clock seconds and cost of a run over all its restarts; neither ever falls.
+
+    They stand in timing.jsonl, which nothing cuts back, and not in the run's state: what a killed run has to do again
+    took its time too.
+    """
+
+    def __init__(self, hourly_cost: float | None, ranks: Ranks) -> None:
+        """Args: hourly_cost: of one machine now; a restart may be on a machine with another price."""
+        self._hourly = None if hourly_cost is None else hourly_cost * ranks.num_machines
+        self._since = time.perf_counter()
+        self._elapsed_s = self._accrued = 0.0
+
+    def go_on(self, last: Mapping[str, float]) -> None:
+        """Continues from the newest line of timing.jsonl; {} in a new run."""
+        self._elapsed_s = last.get("timing/elapsed_s", 0.0)
+        self._accrued = last.get("cost/accrued_total", 0.0)
+
+    def read(self) -> dict[str, float]:
+        """The totals up to now, by name."""
+        now = time.perf_counter()
+        passed_s, self._since = now - self._since, now
+        self._elapsed_s += passed_s
+        totals = {"timing/elapsed_s": self._elapsed_s}
+        if self._hourly is not None:
+            self._accrued += self._hourly * passed_s / 3600
+            totals |= {"cost/hourly_total": self._hourly, "cost/accrued_total": self._accrued}
+        return totals
 
 
 def add_to_score(counters: Counters, figures: dict[str, float], name: str) -> None:

@@ -7,8 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dual_policy_plugin.errors import DivergedError
 from dual_policy_plugin.learning.ppo import FlatParameters, prepare_targets
+from dual_policy_plugin.report.iteration import iteration_figures
 from dual_policy_plugin.rollout.assignment import assign
+from dual_policy_plugin.run_state import Counters
 from tests.harness import SETTINGS, MemoryTask, make_loop
 
 
@@ -106,6 +109,28 @@ def test_rows_of_weight_zero_do_not_train() -> None:
         loop.ppo.update(experience, 1e-3)
         parameters.append(loop.ppo.parameters.flat.detach().clone())
     assert torch.equal(parameters[0], parameters[1])
+
+
+def test_weights_that_the_last_step_broke_stop_the_run_in_the_same_iteration() -> None:
+    """Loss and gradient are finite; nothing but the weights themselves says so."""
+    loop = make_loop(MemoryTask(16, 2, delay=4), settings=replace(SETTINGS, epochs=1, num_minibatches=1))
+    counters = Counters()
+
+    def iterate() -> dict[str, float]:
+        loop.collect()
+        losses = loop.ppo.update(loop.experience, 1e-3)
+        args = (loop.metrics, loop.experience, loop.env.spec, loop.ranks)
+        return iteration_figures(counters, 1e-3, losses, *args)[0]
+
+    weights = loop.ppo.parameters.flat.detach()
+    assert iterate()["losses/weight_norm"] == pytest.approx(float(weights.square().sum().sqrt()), rel=1e-5)
+
+    def overflow(*_: object) -> None:
+        weights[3] = torch.inf
+
+    loop.ppo.adam.register_step_post_hook(overflow)
+    with pytest.raises(DivergedError, match=r"^iteration 2: losses/weight_norm is not finite"):
+        iterate()
 
 
 def test_explained_variance_by_hand() -> None:

@@ -32,6 +32,8 @@ from dual_policy_plugin.policies.loading import load_policy_from_checkpoint
 from dual_policy_plugin.policies.pool import Npc, NpcPool
 from dual_policy_plugin.rollout.assignment import Assignment, assign
 from dual_policy_plugin.rollout.collector import collect_rollout
+from dual_policy_plugin.run_directory import RunDirectory
+from dual_policy_plugin.run_state import STATE_NAME, decode_state
 from dual_policy_plugin.train import train
 from dual_policy_plugin.types import StepResult, VecEnv
 from tests.harness import CPU, Always, Loop, MemoryTask, make_loop
@@ -323,6 +325,43 @@ def lines_of(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_a_restart_on_a_dearer_machine_adds_to_the_cost(tmp_path: Path) -> None:
+    """Redone work took its time too: the totals go on from timing.jsonl, which nothing cuts back."""
+    config = small_config(tmp_path, checkpoint_interval=2)
+    train(replace(config, hourly_cost=3.6), resolved_yaml="a: 1\n")
+    first = lines_of(tmp_path / "small" / "timing.jsonl")
+    longer = replace(config.trainer, total_timesteps=2 * config.trainer.total_timesteps)
+    train(replace(config, hourly_cost=36.0, trainer=longer), resolved_yaml="a: 1\n")
+    timing = lines_of(tmp_path / "small" / "timing.jsonl")[len(first) :]
+    accrued, elapsed = ([line[name] for line in timing] for name in ("cost/accrued_total", "timing/elapsed_s"))
+    assert [*accrued, *elapsed] == [*sorted(accrued), *sorted(elapsed)]
+    assert accrued[0] > first[-1]["cost/accrued_total"] > 0
+    passed_s = elapsed[-1] - first[-1]["timing/elapsed_s"]
+    assert accrued[-1] - first[-1]["cost/accrued_total"] == pytest.approx(36.0 / 3600 * passed_s, rel=1e-6)
+
+
+@pytest.mark.parametrize(("seconds", "saved"), [(0.0, [0, 1, 2, 3, 4]), (3600.0, [0, 4])])
+def test_the_state_is_saved_between_checkpoints_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, saved: list[int]
+) -> None:
+    """What a run that is killed has to do again is `state_interval_s` long, however far apart its checkpoints are."""
+    noted: list[int] = []
+    save_state = RunDirectory.save_state
+
+    def noting(run: RunDirectory, name: str, data: bytes) -> None:
+        if name == STATE_NAME:
+            noted.append(decode_state(data, name).counters.iteration)
+        save_state(run, name, data)
+
+    monkeypatch.setattr(RunDirectory, "save_state", noting)
+    train(small_config(tmp_path, checkpoint_interval=100, state_interval_s=seconds), resolved_yaml="a: 1\n")
+    assert noted == saved
+    assert sorted(path.name for path in (tmp_path / "small/checkpoints").glob("model_*")) == [
+        "model_0000.safetensors",
+        "model_0004.safetensors",
+    ]
+
+
 def test_evaluations_inside_a_run_and_the_cost_of_it(tmp_path: Path) -> None:
     config = replace(small_config(tmp_path, evaluate_interval=2), hourly_cost=3.6)
     result = train(config, resolved_yaml="a: 1\n")
@@ -344,7 +383,16 @@ def test_every_documented_metric_is_there(tmp_path: Path) -> None:
     sides = {
         f"dual_policy/{side}_reward{total}" for side in ("policy_a", "npc", "combined") for total in ("", "_total")
     }
-    losses = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance", "grad_norm")
+    losses = (
+        "policy_loss",
+        "value_loss",
+        "entropy",
+        "approx_kl",
+        "clipfrac",
+        "explained_variance",
+        "grad_norm",
+        "weight_norm",
+    )
     expected = sides | {f"losses/{name}" for name in losses}
     expected |= {f"charts/{name}" for name in ("agent_step", "env_agent_step", "epoch", "learning_rate")}
     expected |= {f"dual_policy/{name}" for name in ("policy_a_agent_count", "npc_agent_count", "win_rate", "episodes")}
