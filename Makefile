@@ -5,15 +5,18 @@ BIN := .venv/bin
 # where `make bench-gpu` writes its tables and JSON files
 OUT ?= benchmarks/results/gpu
 
-.PHONY: help setup demo test test-gpu check format bench bench-gpu builtins fuzz drill-curriculum oracle bench-curriculum
+.PHONY: help setup setup-cluster demo test test-gpu check format bench bench-gpu builtins fuzz drill drill-curriculum drill-sky oracle bench-curriculum
 
 help:
 	@echo "make demo     train against a built-in opponent for a minute and see who wins"
 	@echo "make test     all tests"
+	@echo "make setup-cluster   what their parts on Slurm and SkyPilot need; as root, on Debian"
 	@echo "make test-gpu kernels, graphs and whole runs on a GPU, beside their plain twins"
 	@echo "make check    format, lint, types, import floors, fast tests"
 	@echo "make fuzz     ten thousand malformed and all hostile policy files"
+	@echo "make drill    a run killed 200 times, a quarter of them inside a save, ends as one that was not; ten minutes"
 	@echo "make drill-curriculum   a curriculum sweep killed at 20 random moments ends as one that was not"
+	@echo "make drill-sky   the scripts of a SkyPilot node on this machine, with a real installation"
 	@echo "make oracle   poker, where the best answer to the NPC can be worked out: learners must find it; half an hour"
 	@echo "make bench-curriculum   does a ladder of NPCs help? the table of docs/results.md; half an hour"
 	@echo "make bench    speed of env and trainer, as tables; under six minutes"
@@ -27,6 +30,10 @@ setup: .venv/.ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,wandb,mettagrid,pettingzoo]'
 	@touch $@
+
+setup-cluster: setup
+	tests/cluster/install.sh
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-sky.txt
 
 demo: setup
 	@$(BIN)/dual-policy demo
@@ -78,8 +85,15 @@ fuzz: setup
 	$(BIN)/python -m tests.security.fuzz --count 100 --hidden-size 2304
 	$(BIN)/python -m tests.security.fuzz --hostile
 
+drill: setup
+	$(BIN)/python -m tests.resume.drill --calls 1
+	$(BIN)/python -m tests.resume.drill --kills 200
+
 drill-curriculum: setup
 	$(BIN)/python -m tests.curriculum.drill --kills 20
+
+drill-sky: setup
+	$(BIN)/python -m tests.launch.drill_sky
 
 oracle: setup
 	$(BIN)/python -m tests.oracle.run

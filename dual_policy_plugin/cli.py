@@ -8,6 +8,8 @@
     dual-policy evaluate policies=[URI,...]
     dual-policy gate NEW --not-weaker-than OLD
     dual-policy curriculum status DIR      the stages, jobs and decisions of a curriculum sweep
+    dual-policy launch {sky TASK,slurm}    a run on other machines, checked and pinned before anything is launched
+    dual-policy watch -- COMMAND...        a command under a heartbeat and a limit of its time, for launchers
 
 A mistake of the user ends with one line on stderr and exit code 2; a defect of ours keeps its traceback. Heavy modules
 are imported inside the functions, so that `--help` answers at once.
@@ -20,7 +22,7 @@ import contextlib
 import logging
 import math
 import os
-import re
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -29,7 +31,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from dual_policy_plugin import __version__
 from dual_policy_plugin.commands.words import choose_command, parse_words
-from dual_policy_plugin.errors import ConfigError, DualPolicyError
+from dual_policy_plugin.errors import EXIT_AGAIN, ConfigError, DualPolicyError
+from dual_policy_plugin.heartbeat import note_exit
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -53,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     except DualPolicyError as error:
         if error not in _shown:
             show_error(error)
+        note_exit(error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
         again = "; the same command continues the run from where it was stopped" if words[:1] == ["train"] else ""
@@ -88,6 +92,7 @@ def run_train(words: list[str]) -> int:
     from hydra._internal.utils import get_args_parser
 
     from dual_policy_plugin.composition import CONFIG_DIR, PRIMARY_CONFIG, mend
+    from dual_policy_plugin.slurm.errors import explain
 
     if "--info" not in words:  # Hydra prints it through a logger of its own
         configure_logging()
@@ -98,14 +103,14 @@ def run_train(words: list[str]) -> int:
     _shown.clear()
     app = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=PRIMARY_CONFIG)(_train_job)
     try:
-        with _as_hydra_program([*flags, *overrides]):
+        with _as_hydra_program([*flags, *overrides]), _watched_jobs():
             app()
     except DualPolicyError:
         raise
     except SystemExit as leaving:  # --help, --cfg and the like
         return leaving.code if isinstance(leaving.code, int) else 0
     except Exception as error:
-        line = None if error in _shown else mend(error, overrides)
+        line = None if error in _shown else explain(error) or mend(error, overrides)
         if line is None:
             raise
         raise line from error
@@ -202,6 +207,20 @@ def run_gate(words: list[str]) -> int:
     return run(words)
 
 
+def run_launch(words: list[str]) -> int:
+    """`dual-policy launch`: a run on other machines, checked and pinned before anything is launched."""
+    from dual_policy_plugin.commands.launch import run
+
+    return run(words, main)
+
+
+def run_watch(words: list[str]) -> int:
+    """`dual-policy watch`: a command under a heartbeat and a limit of its time."""
+    from dual_policy_plugin.commands.watch import run
+
+    return run(words)
+
+
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (run_train, "train a policy against a frozen one; takes Hydra overrides"),
     "import": (run_import, "turn a .pt state dict into a policy file"),
@@ -211,6 +230,8 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "evaluate": (run_evaluate, "play policies against each other: win rates, ratings, worst cases, cycles"),
     "gate": (run_gate, "exit code 0 where a policy is not weaker than another, by a sequential test"),
     "curriculum": (run_curriculum, "the stages, jobs and decisions of a curriculum sweep"),
+    "launch": (run_launch, "check a run, pin its policies, and launch it with SkyPilot or Slurm"),
+    "watch": (run_watch, "run a command that must show signs of life and may take so long; for launchers"),
 }
 
 
@@ -226,28 +247,40 @@ def _train_job(cfg: DictConfig) -> float:
     """One job: checks the config, trains, and gives the objective to whatever sweeps."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
-    from omegaconf import OmegaConf
 
-    from dual_policy_plugin.interpolation import keep_requested
+    from dual_policy_plugin.interpolation import config_text, keep_requested
+    from dual_policy_plugin.slurm.errors import job_error
 
     hydra = HydraConfig.get()
     is_sweep = hydra.mode == RunMode.MULTIRUN
     job = f"job {hydra.job.num} ({hydra.job.override_dirname}): " if is_sweep else ""
     try:
         configure_logging()  # a launcher may have started us in a process of its own
+        if commit := os.environ.get("DUAL_POLICY_COMMIT"):
+            logging.getLogger(__name__).info("code: commit %s", commit)
         cfg = keep_requested(cfg)
         config = _load_job_config(cfg, hydra.job.num if is_sweep else None)
         from dual_policy_plugin.train import train
 
-        objective = train(config, resolved_yaml=OmegaConf.to_yaml(cfg, resolve=True)).get("objective")
+        objective = train(config, resolved_yaml=config_text(cfg)).get("objective")
         return math.nan if objective is None else float(objective)  # no objective: another rank has the result
     except DualPolicyError as error:
         show_error(error, job)
         _shown.append(error)
         with contextlib.suppress(OSError):
             Path(hydra.runtime.output_dir).rmdir()  # Hydra made it; it stays where anything stands in it
+        if is_sweep and error.exit_code == EXIT_AGAIN and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+            from dual_policy_plugin.slurm.requeue import requeue_job
+
+            if requeue_job():  # who waits for the job is not to have a result of it
+                raise SystemExit(EXIT_AGAIN) from error
         raise
     except Exception as error:
+        line = job_error(error)
+        if line is not None:  # whoever waits for this process gets the line, its log has the rest
+            traceback.print_exc()
+            show_error(line, job)
+            raise line from error
         _shown.append(error)  # ours to mend, not the user's: run_train lets it pass
         raise
 
@@ -263,6 +296,9 @@ def _load_job_config(cfg: DictConfig, job_num: int | None) -> Config:
     refuse_masked_choices()
     if job_num is None and HydraConfig.get().sweeper.get("ladder") is not None:
         raise ConfigError("hydra.sweeper.ladder is set, but one run walks through no stages; add -m")
+    launcher = HydraConfig.get().runtime.choices.get("hydra/launcher")
+    if job_num is None and launcher != "basic":
+        raise ConfigError(f"hydra/launcher={launcher} starts the jobs of a sweep, of one job too; add -m")
     config = load_config(cfg)
     return config if job_num is None else dataclasses.replace(config, run=f"{config.run}/{job_num}")
 
@@ -278,9 +314,19 @@ def _split_flags(words: list[str], parser: argparse.ArgumentParser) -> tuple[lis
     flags = list(words)
     for override in args.overrides:
         flags.remove(override)
-    # Hydra reads run=2025_11_21 as the number 20251121; a run's name stays as it was typed.
-    numeric = re.compile(r"(\+{0,2}run)=([+-]?\d[\d_.eE+-]*)")
-    return flags, [numeric.sub(r"\1='\2'", word) if numeric.fullmatch(word) else word for word in args.overrides]
+    from dual_policy_plugin.composition import keep_run_names
+
+    return flags, keep_run_names(args.overrides)
+
+
+def _watched_jobs() -> contextlib.AbstractContextManager[None]:
+    if shutil.which("squeue") is None:
+        return contextlib.nullcontext()
+    try:
+        from dual_policy_plugin.slurm.states import watched_jobs
+    except ImportError:  # submitit is not installed
+        return contextlib.nullcontext()
+    return watched_jobs()
 
 
 @contextlib.contextmanager
@@ -290,7 +336,7 @@ def _as_hydra_program(words: list[str]) -> Iterator[None]:
     sys.argv = ["dual-policy train", *words]
     if os.environ.get("HYDRA_FULL_ERROR") != "1":
         os.environ |= {"HYDRA_FULL_ERROR": "1", _ONE_LINE: "1"}
-    sys.stderr = _WithoutJobLine(old_stderr)
+    sys.stderr = _WithoutTheirLines(old_stderr)
     try:
         yield
     finally:
@@ -302,16 +348,20 @@ def _as_hydra_program(words: list[str]) -> Iterator[None]:
                 os.environ.pop(name, None)
 
 
-class _WithoutJobLine:
-    """stderr without Hydra's line about a failed job: ours stands there already, with the job and the mend."""
+class _WithoutTheirLines:
+    """stderr without Hydra's line about a failed job and sbatch's about a refused one: ours has that, and the mend."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._is_cut = False  # the last text was dropped, and its line's end is to follow
 
     def write(self, text: str) -> int:
-        if text.startswith("Error executing job with overrides:"):
-            return len(text)
-        return self._stream.write(text)
+        is_end, self._is_cut = self._is_cut and text == "\n", False
+        if text.startswith(("Error executing job with overrides:", "sbatch: error:")):
+            self._is_cut = not text.endswith("\n")
+        elif not is_end:
+            return self._stream.write(text)
+        return len(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

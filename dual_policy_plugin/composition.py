@@ -10,8 +10,9 @@ import difflib
 import os
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -20,14 +21,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dual_policy_plugin.config import Config
 from dual_policy_plugin.config_loading import known_keys, load_config
 from dual_policy_plugin.config_nodes import nearest_key
 from dual_policy_plugin.errors import ConfigError, DualPolicyError, RunError
-from dual_policy_plugin.interpolation import keep_requested
+from dual_policy_plugin.interpolation import config_text, keep_requested
 
 _PACKAGE = Path(__file__).resolve().parent
 # In a wheel the configs travel inside the package; in a checkout they stand beside it.
@@ -48,17 +49,41 @@ def compose_config(
     Raises:
         ConfigError: the overrides do not compose, or the result is not possible.
     """
+    cfg = keep_requested(_compose(overrides, folder, primary))
+    return load_config(cfg), config_text(cfg)
+
+
+def compose_hydra_node(overrides: list[str], name: str) -> dict[str, Any]:
+    """A node of Hydra's own config, for example `launcher`, as our app composes it with `overrides`.
+
+    Raises:
+        ConfigError: the overrides do not compose.
+    """
+    cfg = _compose(overrides, CONFIG_DIR, PRIMARY_CONFIG, with_hydra=True)
+    plain: Any = OmegaConf.to_container(cfg["hydra"][name], resolve=True)
+    return dict(plain)
+
+
+def _compose(overrides: list[str], folder: Path, primary: str, *, with_hydra: bool = False) -> DictConfig:
     search = [] if folder == CONFIG_DIR else [search_path(CONFIG_DIR)]
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
-            cfg = compose(primary, [*search, *overrides])
+            cfg = compose(primary, [*search, *overrides], return_hydra_config=with_hydra)
+            _refuse_masked(primary, search, overrides)
+            return cfg
+    except DualPolicyError:
+        raise
     except Exception as error:
         line = mend(error, overrides)
         if line is None:
             raise
         raise line from error
-    cfg = keep_requested(cfg)
-    return load_config(cfg), OmegaConf.to_yaml(cfg, resolve=True)
+
+
+def keep_run_names(overrides: Sequence[str]) -> list[str]:
+    """The overrides with a run's name as it was typed: Hydra reads run=2025_11_21 as the number 20251121."""
+    numeric = re.compile(r"(\+{0,2}run)=([+-]?\d[\d_.eE+-]*)")
+    return [numeric.sub(r"\1='\2'", word) if numeric.fullmatch(word) else word for word in overrides]
 
 
 def search_path(folder: Path) -> str:
@@ -102,10 +127,17 @@ def refuse_masked_choices() -> None:
     if not GlobalHydra.instance().is_initialized():
         return
     hydra = HydraConfig.get()
-    words = [*hydra.overrides.hydra, *hydra.overrides.task]
+    _refuse_masked(hydra.job.config_name or PRIMARY_CONFIG, list(hydra.overrides.hydra), list(hydra.overrides.task))
+
+
+def _refuse_masked(config_name: str, hydra_words: list[str], words: list[str]) -> None:
     loader = GlobalHydra.instance().config_loader()
-    entries = loader.compute_defaults_list(hydra.job.config_name, words, RunMode.MULTIRUN).defaults
-    for override in OverridesParser.create().parse_overrides(list(hydra.overrides.task)):
+    parsed = OverridesParser.create().parse_overrides(words)
+    choices = [override for override in parsed if loader.get_group_options(override.key_or_group)]
+    if len(choices) < 2:  # one to be masked, one that brings the file that does it
+        return
+    entries = loader.compute_defaults_list(config_name, [*hydra_words, *words], RunMode.MULTIRUN).defaults
+    for override in choices:
         group, choice = override.key_or_group, override.value()
         path = f"{group}/{choice}"
         positions = [i for i, entry in enumerate(entries) if entry.config_path == path and not entry.is_self]
@@ -113,7 +145,7 @@ def refuse_masked_choices() -> None:
             continue
         package = entries[positions[-1]].package or ""
         for entry in entries[positions[-1] + 1 :]:
-            is_listed = entry.parent not in (None, hydra.job.config_name) and not entry.is_self
+            is_listed = entry.parent not in (None, config_name) and not entry.is_self
             covers = f"{package}.".startswith(f"{entry.package}.")  # never the whole config (package "")
             if is_listed and covers and entry.config_path != path:
                 raise ConfigError(_masked(override.input_line or path, group, str(entry.config_path), entry.parent))
@@ -225,7 +257,7 @@ def _no_such_config(match: re.Match[str], overrides: list[str], error: Exception
     parent, missing = match[1] or "", match[2]
     where = f"{parent}.yaml: " if "/" in parent else ""
     folder = parent.rpartition("/")[0]
-    if folder and missing.startswith(f"{folder}/"):
+    if folder not in ("", "hydra") and missing.startswith(f"{folder}/"):
         name = missing.removeprefix(f"{folder}/")
         return (
             f"{where}the defaults list names {name} beside itself, where there is none; begin with a slash: `- /{name}`"
@@ -236,6 +268,13 @@ def _no_such_config(match: re.Match[str], overrides: list[str], error: Exception
     hint = f"did you mean {group}={near[0]}? " if near else ""
     there = f"there are {', '.join(options)}" if options else "see `dual-policy train --help` for what there is"
     return f"{where}there is no {missing}; {hint}{there}"
+
+
+def _no_submitit(match: re.Match[str], overrides: list[str], error: Exception) -> str:
+    return (
+        f"hydra/launcher={match[1]} comes with hydra-submitit-launcher, which is not installed; "
+        "pip install 'dual-policy-plugin[slurm]'"
+    )
 
 
 def _listed_twice(match: re.Match[str], overrides: list[str], error: Exception) -> str:
@@ -276,6 +315,7 @@ _MENDS: list[tuple[str, Describe]] = [
     (r"Ambiguous value for argument '(.+)'\n", _sweep),
     (r"Could not override '(hydra\.sweeper\.(\w+)[^']*)'", _no_sweeper_key),
     (r"Could not override '([^']+)'\.\s+To append to your config", _not_in_struct),
+    (r"Could not (?:find|load) 'hydra/launcher/(submitit_\w+)'", _no_submitit),
     (r"(?:In '([^']+)': )?Could not (?:find|load) '([^']+)'", _no_such_config),
     (r"(\S+) appears more than once in the final defaults list", _listed_twice),
     (r"Multiple values for (\S+)\. .*override \S+: ([^']+)'", _two_values),

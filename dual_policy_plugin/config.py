@@ -18,6 +18,7 @@ from dual_policy_plugin.pool_config import MatchmakingConfig, SelfPlayConfig, Sh
 SELECTOR_TYPES = ("specific", "latest", "top", "rand", "all")
 MAX_POOL = 1024
 """NPCs of one run."""
+_SYNC_URI = re.compile(r"s3://[a-z0-9.-]{3,63}(/[^@?\\]*)?|(file://)?/(?!.*://)[^\0]*")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -189,6 +190,10 @@ class TrainerConfig:
         )
         is_s3 = self.publish_uri is None or re.fullmatch(r"s3://[a-z0-9.-]{3,63}(/[^@?\\]*)?", self.publish_uri)
         check(bool(is_s3), "trainer.publish_uri", ascii(self.publish_uri)[1:-1], "use s3://bucket/prefix/, or null")
+        is_place = self.sync_uri is None or _SYNC_URI.fullmatch(self.sync_uri)
+        shown = re.sub(r"^(\w*://)?.*@", r"\1...@", self.sync_uri or "").partition("?")[0]  # it may hold a password
+        right = "use s3://bucket/prefix/ or the absolute path of a folder, without a login; or null"
+        check(bool(is_place), "trainer.sync_uri", ascii(shown)[1:-1], right)
         check(self.precision in ("auto", "fp32", "bf16"), "trainer.precision", self.precision, "use auto, fp32 or bf16")
 
 

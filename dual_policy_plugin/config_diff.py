@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]  # PyYAML, which OmegaConf brings, has no types
+from yaml import YAMLError
 
 from dual_policy_plugin.errors import RunError
 from dual_policy_plugin.files import encode_json

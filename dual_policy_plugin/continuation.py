@@ -6,35 +6,54 @@ Takes the live objects of a run; `train.py` calls it before, in and after its lo
 from __future__ import annotations
 
 import json
+import logging
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from dual_policy_plugin.config import Config
-from dual_policy_plugin.distributed import Ranks
+from dual_policy_plugin.distributed import Ranks, gather_tensors, share_text
 from dual_policy_plugin.evaluation.matches import MatchResult
 from dual_policy_plugin.files import read_lines
 from dual_policy_plugin.parts import Parts
 from dual_policy_plugin.players import check_held_out
 from dual_policy_plugin.policies.npcs import recorded_npcs
 from dual_policy_plugin.run_directory import RunDirectory
+from dual_policy_plugin.run_mirror import RunMirror
 from dual_policy_plugin.run_state import (
     STATE_NAME,
     Counters,
     SavedState,
     encode_state,
+    episode_tensors,
     keep_optimizer,
-    restore_state,
+    learner_tensors,
+    restore_episodes,
+    restore_learner,
+    share_learner,
 )
-from dual_policy_plugin.seating import Seating
+from dual_policy_plugin.seating import Seating, later_seed
 from dual_policy_plugin.snapshots import keep_snapshots, start_pool
 
+log = logging.getLogger(__name__)
 
-def open_run(config: Config, resolved_yaml: str) -> RunDirectory:
-    """The run's directory, held until it is closed; `resolved_yaml` as for `train`."""
+
+def open_run(config: Config, resolved_yaml: str, stack: ExitStack) -> tuple[RunDirectory, RunMirror | None]:
+    """The run's directory, and the mirror that it has been brought up to; both held until `stack` is closed.
+
+    Args:
+        config: the run.
+        resolved_yaml: as for `train`.
+        stack: closes what was opened.
+    """
     text = resolved_yaml or json.dumps(asdict(config), indent=2, default=str) + "\n"  # JSON is YAML
-    return RunDirectory.open(
-        config.train_dir / config.run, config_yaml=text, keep_checkpoints=config.trainer.keep_checkpoints
-    )
+    path, trainer, mirror = config.train_dir / config.run, config.trainer, None
+    if trainer.sync_uri is not None:
+        mirror = stack.enter_context(RunMirror.open(trainer.sync_uri, config.run, path, grace_s=trainer.grace_s))
+    run = RunDirectory.open(path, config_yaml=text, keep_checkpoints=trainer.keep_checkpoints)
+    return stack.enter_context(run), mirror
 
 
 def resume(
@@ -53,11 +72,20 @@ def resume(
         held_out = [entry for entry in parts.players.lock if entry.role == "held_out"]
         check_held_out(held_out, {one.sha256: one.name for one in parts.roster.snapshots()})
     seating = parts.seatings(counters.num_learner or parts.assignment.num_learner)
-    if run is not None and saved is None:
-        save_state(run, parts, seating, counters)
-    elif run is not None and saved is not None:
-        restore_state(saved, where, parts.env, seating.mixed, parts.ppo, seating.metrics)
+    if share_text("new" if saved is None else "", ranks, _device(parts)):
+        save_state(run, parts, seating, counters, ranks)
+    if run is not None and saved is not None:
+        restore_learner(saved, where, seating.mixed, parts.ppo)
         run.truncate_metrics(counters.iteration)
+    share_learner(seating.mixed, parts.ppo, ranks)
+    num_saved = restore_episodes(saved, where, parts.env, seating.mixed, seating.metrics, ranks)
+    if counters.iteration and num_saved != ranks.world_size:
+        # not the run's first episodes again: a run that is often stopped would see no others
+        parts.env.reset(later_seed(config, counters), stagger=True)
+        if num_saved and ranks.is_first:
+            num = ranks.world_size
+            who = "1 rank goes" if num == 1 else f"{num} ranks go"
+            log.info("%s on where %d stopped: all envs begin new episodes", who, num_saved)
     return seating
 
 
@@ -92,17 +120,26 @@ def save_checkpoint(
 
 
 def save_state(
-    run: RunDirectory, parts: Parts, seating: Seating, counters: Counters, *, is_between: bool = False
+    run: RunDirectory | None,
+    parts: Parts,
+    seating: Seating,
+    counters: Counters,
+    ranks: Ranks,
+    *,
+    is_between: bool = False,
 ) -> None:
-    """Saves what a continued run needs.
+    """Saves what a continued run needs; all ranks must call it together, and rank 0 writes the file.
 
     With `is_between` there is no checkpoint of this iteration, and the run is to end as if nothing had been saved here:
     what the last checkpoint pinned stays so. That is enough, since snapshots are taken with a checkpoint only.
     """
     roster = parts.roster
-    state = encode_state(
-        counters, parts.env, seating.mixed, parts.ppo, seating.metrics, None if roster is None else roster.as_dict()
-    )
+    of_rank = episode_tensors(parts.env, seating.mixed, seating.metrics)
+    episodes = gather_tensors(of_rank, ranks, _device(parts))
+    if run is None:
+        return
+    learner = learner_tensors(seating.mixed, parts.ppo)
+    state = encode_state(counters, learner, episodes, None if roster is None else roster.as_dict())
     run.sync_lines()
     run.save_state(STATE_NAME, state)
     if roster is not None and not is_between:
@@ -138,6 +175,10 @@ def run_result(
         "evals": [result.as_dict() for result in evals],
         "metrics": figures,
     }
+
+
+def _device(parts: Parts) -> torch.device:
+    return parts.ppo.parameters.flat.device
 
 
 def _newest_return(run: RunDirectory) -> float | None:

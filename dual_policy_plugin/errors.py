@@ -11,7 +11,8 @@ DualPolicyError
 ├── RunError               the run directory: locked, unwritable, made by another config, disk full
 │   └── StorageError       what the run directory is mirrored to was lost for too long
 ├── RankLostError          another rank of this job is gone
-├── LaunchError            a cluster or a cloud refuses a job, or is not there
+├── LaunchError            a cluster or a cloud refuses a job, lost it, or is not there
+│   └── LimitError         a limit that the launch was given ended the run
 ├── DivergedError          training made a number that is not finite
 ├── CurriculumStopped      a sweep ended before its last stage, as its on_fail says
 └── WandbError             Weights & Biases was asked for its runs, and
@@ -80,13 +81,22 @@ class StorageError(RunError):
 
 
 class RankLostError(DualPolicyError):
-    """Another rank of a job with several ranks has ended, or never came."""
+    """Another rank of a job with several ranks has ended, or never came.
+
+    Where it ended with an error of its own, `exit_code` is the one of that error: a mistake is not started again.
+    """
 
     exit_code = EXIT_AGAIN
 
 
 class LaunchError(DualPolicyError):
-    """A cluster or a cloud is not there, or refuses a job."""
+    """A cluster or a cloud is not there, refuses a job, or lost it."""
+
+
+class LimitError(LaunchError):
+    """A limit that the launch was given ended the run; its state is saved."""
+
+    exit_code = EXIT_LIMIT
 
 
 class DivergedError(DualPolicyError):

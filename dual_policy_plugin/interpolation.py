@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.resolvers import oc
 
 RESOLVER = "npc"
 _TEXT_RESOLVER = "npc_text"
@@ -58,6 +59,35 @@ def keep_requested(cfg: DictConfig) -> DictConfig:
     for key in _POLICY_NODES:
         _keep_in(OmegaConf.select(result, key))
     return result
+
+
+def config_text(cfg: DictConfig) -> str:
+    """A config as YAML, resolved but for texts from the environment: `${oc.env:NAME}` stays as it was written, in
+    whatever way a value came to hold it. So no file of a run holds a secret, and a restart reads the variable again.
+    """
+    real = OmegaConf.to_container(cfg, resolve=True)
+    OmegaConf.register_new_resolver("oc.env", _variable_text, replace=True)
+    try:
+        told = OmegaConf.to_container(cfg, resolve=True)
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+    return OmegaConf.to_yaml(OmegaConf.create(_without_variables(real, told)))
+
+
+def _variable_text(*words: object) -> str:
+    """`${oc.env:...}` for its arguments, a name and perhaps a default."""
+    texts = ["null" if word is None else str(word) for word in words]
+    quoted = [text if re.fullmatch(r"[\w./:+-]*", text) else repr(text) for text in texts]
+    return f"${{oc.env:{','.join(quoted)}}}"
+
+
+def _without_variables(real: Any, told: Any) -> Any:
+    """`told` where a text holds what came from the environment, else `real`: a number or a flag is no secret."""
+    if isinstance(real, dict) and isinstance(told, dict):
+        return {key: _without_variables(item, told.get(key)) for key, item in real.items()}
+    if isinstance(real, list) and isinstance(told, list):
+        return [_without_variables(*pair) for pair in zip(real, told, strict=True)]
+    return real if real is None or isinstance(real, bool | int | float) else told
 
 
 def _keep_in(node: object) -> None:

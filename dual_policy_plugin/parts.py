@@ -125,7 +125,17 @@ def build_parts(
         capture=fused,
     )
     stack.callback(ppo.release)
-    pool = NpcPool(slots, num_envs=spec.num_envs, num_npc=assignment.num_npc, device=device) if slots else None
+    pool = None
+    if slots:
+        num_envs = spec.num_envs
+        pool = NpcPool(
+            slots,
+            num_envs=num_envs,
+            num_npc=assignment.num_npc,
+            device=device,
+            first_env=ranks.rank * num_envs,
+            all_envs=ranks.world_size * num_envs,
+        )
     seatings = Seatings(config, env, assignment, learner.policy, pool)
     seating = seatings(assignment.num_learner)
     _check_best_metric(config, seating.metrics, opponents)

@@ -28,7 +28,7 @@ from dual_policy_plugin.npc.sources import s3_client, s3_objects
 from dual_policy_plugin.npc.sources.http import with_retries
 from dual_policy_plugin.npc.uri import parse_uri, s3_name
 from dual_policy_plugin.run_directory import RunDirectory
-from dual_policy_plugin.run_state import STATE_NAME
+from dual_policy_plugin.run_state import FACTS_KEY, STATE_NAME
 
 MAX_PUT_BYTES = 5 * 1024**3
 """The most that S3 takes in one request, and only one request can be made on the condition that the key is new."""
@@ -202,7 +202,7 @@ def run_epoch(run: RunDirectory) -> int:
     if not path.is_file():
         return -1
     with safetensors.safe_open(path, framework="np") as file:
-        return int(json.loads(file.metadata()["counters"])["iteration"])
+        return int(json.loads(file.metadata()[FACTS_KEY])["counters"]["iteration"])
 
 
 def checkpoint_facts(path: Path) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from omegaconf import OmegaConf
+
 from dual_policy_plugin import files
 from dual_policy_plugin.config_diff import add_to_config, diff_configs, show_diff
 from dual_policy_plugin.errors import RunError
@@ -191,6 +193,11 @@ class RunDirectory:
             return None
         except OSError as error:
             raise files.file_error(error, path, "read") from error
+
+    def config(self) -> dict[str, Any]:
+        """The run's config as config.yaml has it: plain values, and the text of what comes from the environment."""
+        config: Any = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"), resolve=False)
+        return dict(config)
 
     def record_lock(self, lock: Mapping[str, Any]) -> None:
         """Records the pinned NPCs in config.yaml, where a run of this config takes them from (`npc/lock.py`)."""

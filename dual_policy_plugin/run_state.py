@@ -8,7 +8,7 @@ with others all envs start anew.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dual_policy_plugin.checkpoint import read_safetensors
-from dual_policy_plugin.distributed import Ranks, copy_from_first, share_text
+from dual_policy_plugin.distributed import Ranks, copy_from_first, scatter_tensors, share_text
 from dual_policy_plugin.errors import ConfigError, RunError
 from dual_policy_plugin.learning.ppo import PpoUpdate
 from dual_policy_plugin.npc.resolver import PinnedPolicy
@@ -27,7 +27,9 @@ from dual_policy_plugin.rollout.mixed_policy import MixedPolicy
 from dual_policy_plugin.types import VecEnv
 
 STATE_NAME = "training.safetensors"
-EPISODE_STATE = ("mixed", "pool", "metrics")
+FACTS_KEY = "run"
+"""Names what is no tensor in the file: counters and roster as JSON."""
+EPISODE_STATE = ("mixed", "pool", "metrics", "env")
 """First parts of the names of tensors that belong to the running episodes."""
 
 
@@ -61,18 +63,24 @@ class Counters:
 
 def encode_state(
     counters: Counters,
-    env: VecEnv,
-    mixed: MixedPolicy,
-    ppo: PpoUpdate,
-    metrics: EpisodeMetrics,
+    learner: Mapping[str, Tensor],
+    episodes: Sequence[Mapping[str, Tensor]],
     roster: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """The state between two iterations; `roster` is `Roster.as_dict` of a run with NPCs."""
-    tensors = _live_tensors(mixed, ppo, metrics)
-    if hasattr(env, "state_dict"):
-        tensors |= {f"env.{name}": tensor for name, tensor in env.state_dict().items()}
+    """The state between two iterations.
+
+    Args:
+        counters: of the run.
+        learner: as `learner_tensors` gives them.
+        episodes: as `episode_tensors` gives them, of each rank.
+        roster: `Roster.as_dict` of a run with NPCs.
+    """
+    tensors = dict(learner)
+    for rank, of_rank in enumerate(episodes):
+        tensors |= {f"rank{rank}.{name}" if rank else name: tensor for name, tensor in of_rank.items()}
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    metadata = {"counters": json.dumps(asdict(counters)), "roster": json.dumps(roster)}
+    facts = {"counters": asdict(counters), "roster": roster}
+    metadata = {FACTS_KEY: json.dumps(facts)}  # one entry: safetensors writes several in a random order
     return bytes(safetensors.torch.save(whole, metadata=metadata))
 
 
@@ -84,33 +92,72 @@ class SavedState:
     roster: dict[str, Any] | None
     tensors: dict[str, Tensor]
 
+    def episodes(self) -> list[dict[str, Tensor]]:
+        """The running episodes of each rank; empty where the env could not hand out its state."""
+        found: list[dict[str, Tensor]] = []
+        while True:
+            prefix = f"rank{len(found)}." if found else ""
+            of_rank = {
+                name.removeprefix(prefix): tensor
+                for name, tensor in self.tensors.items()
+                if name.startswith(prefix) and name.removeprefix(prefix).split(".")[0] in EPISODE_STATE
+            }
+            if not any(name.startswith("env.") for name in of_rank):
+                return found
+            found.append(of_rank)
+
 
 def decode_state(data: bytes, where: str) -> SavedState:
     """A saved state; `where` names it in errors."""
     metadata, tensors = read_safetensors(data, where)
-    counters = Counters(**json.loads(metadata["counters"]))
-    return SavedState(counters=counters, roster=json.loads(metadata["roster"]), tensors=tensors)
+    facts = json.loads(metadata[FACTS_KEY])
+    return SavedState(counters=Counters(**facts["counters"]), roster=facts["roster"], tensors=tensors)
 
 
-def restore_state(
-    state: SavedState, where: str, env: VecEnv, mixed: MixedPolicy, ppo: PpoUpdate, metrics: EpisodeMetrics
-) -> None:
-    """Puts the tensors of a saved state into the live objects.
+def restore_learner(state: SavedState, where: str, mixed: MixedPolicy, ppo: PpoUpdate) -> None:
+    """Puts the saved policy and its optimizer into the live ones.
 
     Raises:
         RunError: the state was saved by a run of another shape.
     """
-    saved = state.tensors
-    has_env = hasattr(env, "load_state_dict") and any(name.startswith("env.") for name in saved)
-    live = _live_tensors(mixed, ppo, metrics)
+    live = learner_tensors(mixed, ppo)
+    _check_fits(state.tensors, live, where)
     for name, tensor in live.items():
-        if name.split(".")[0] in EPISODE_STATE and not has_env:
-            continue  # all envs start anew, and so do their states
-        if name not in saved or saved[name].shape != tensor.shape:
+        tensor.copy_(state.tensors[name])
+
+
+def restore_episodes(
+    state: SavedState | None, where: str, env: VecEnv, mixed: MixedPolicy, metrics: EpisodeMetrics, ranks: Ranks
+) -> int:
+    """Puts the running episodes of every rank where they were, if as many ranks saved theirs; all call it together.
+
+    Returns:
+        How many ranks saved theirs. Where that is not the number of ranks now, nothing has changed: all envs are to
+        begin new episodes.
+
+    Raises:
+        RunError: the state was saved by a run of another shape.
+    """
+    live = episode_tensors(env, mixed, metrics)
+    device = mixed.learner_state.device
+    saved = state.episodes() if state is not None and hasattr(env, "load_state_dict") else []
+    num_saved = int(share_text(str(len(saved)), ranks, device))
+    if num_saved != ranks.world_size:
+        return num_saved
+    for of_rank in saved:
+        _check_fits(of_rank, live, where)
+    own = scatter_tensors(saved, live, ranks, device)
+    of_env = {name.removeprefix("env."): own.pop(name) for name in live if name.startswith("env.")}
+    for name, tensor in own.items():
+        live[name].copy_(tensor)
+    env.load_state_dict(of_env)  # type: ignore[attr-defined]
+    return num_saved
+
+
+def _check_fits(saved: Mapping[str, Tensor], live: Mapping[str, Tensor], where: str) -> None:
+    for name, tensor in live.items():
+        if name not in saved or saved[name].shape != tensor.shape or saved[name].dtype != tensor.dtype:
             raise RunError(f"{where}: its {name} does not fit this run; use another run= name")
-        tensor.copy_(saved[name])
-    if has_env:
-        env.load_state_dict({name[4:]: tensor for name, tensor in saved.items() if name.startswith("env.")})  # type: ignore[attr-defined]
 
 
 def share_counters(counters: Counters, ranks: Ranks, device: torch.device) -> Counters:
@@ -118,16 +165,10 @@ def share_counters(counters: Counters, ranks: Ranks, device: torch.device) -> Co
     return Counters(**json.loads(share_text(json.dumps(asdict(counters)), ranks, device)))
 
 
-def share_state(mixed: MixedPolicy, ppo: PpoUpdate, metrics: EpisodeMetrics, ranks: Ranks) -> None:
-    """Gives every rank the first one's policy and optimizer.
-
-    The envs of the other ranks start anew: the state holds the first one's.
-    """
-    if ranks.world_size == 1:
-        return
-    for name, tensor in _live_tensors(mixed, ppo, metrics).items():
-        if name.split(".")[0] not in EPISODE_STATE:
-            copy_from_first(tensor, ranks)
+def share_learner(mixed: MixedPolicy, ppo: PpoUpdate, ranks: Ranks) -> None:
+    """Gives every rank the first one's policy and optimizer."""
+    for tensor in learner_tensors(mixed, ppo).values():
+        copy_from_first(tensor, ranks)
 
 
 def keep_optimizer(pinned: PinnedPolicy, ppo: PpoUpdate) -> None:
@@ -144,7 +185,7 @@ def keep_optimizer(pinned: PinnedPolicy, ppo: PpoUpdate) -> None:
             f"{key}: the optimizer stands in a run's state/ only; name a checkpoint of a run, or use false"
         )
     metadata, saved = read_safetensors(path.read_bytes(), str(path))
-    epoch = json.loads(metadata["counters"])["iteration"]
+    epoch = json.loads(metadata[FACTS_KEY])["counters"]["iteration"]
     if epoch != description.metadata.get("epoch"):
         raise ConfigError(
             f"{key}: the run keeps the optimizer of epoch {epoch}, after which it was saved last; name that "
@@ -156,9 +197,9 @@ def keep_optimizer(pinned: PinnedPolicy, ppo: PpoUpdate) -> None:
         tensor.copy_(saved[f"adam.{name}"])
 
 
-def _live_tensors(mixed: MixedPolicy, ppo: PpoUpdate, metrics: EpisodeMetrics) -> dict[str, Tensor]:
-    """The tensors that a run's future depends on, by name; copying into them changes the run."""
-    tensors = {
+def learner_tensors(mixed: MixedPolicy, ppo: PpoUpdate) -> dict[str, Tensor]:
+    """Policy and optimizer, which all ranks have alike, by name; copying into them changes the run."""
+    return {
         "learner.parameters": ppo.parameters.flat.data,
         **{
             f"learner.buffer.{name}": buffer
@@ -166,6 +207,12 @@ def _live_tensors(mixed: MixedPolicy, ppo: PpoUpdate, metrics: EpisodeMetrics) -
             if name in ppo.buffers
         },
         **{f"adam.{name}": tensor for name, tensor in ppo.adam_state().items()},
+    }
+
+
+def episode_tensors(env: VecEnv, mixed: MixedPolicy, metrics: EpisodeMetrics) -> dict[str, Tensor]:
+    """What belongs to the episodes that run on this rank, by name; the env's are copies, where it hands out any."""
+    tensors = {
         "mixed.learner_state": mixed.learner_state,
         "metrics.returns": metrics.returns,
         "metrics.is_counting": metrics.is_counting,
@@ -173,4 +220,6 @@ def _live_tensors(mixed: MixedPolicy, ppo: PpoUpdate, metrics: EpisodeMetrics) -
     if mixed.pool is not None:
         tensors["pool.state"] = mixed.pool.state
         tensors["pool.npc_of_env"] = mixed.pool.npc_of_env
+    if hasattr(env, "state_dict"):
+        tensors |= {f"env.{name}": tensor for name, tensor in env.state_dict().items()}
     return tensors

@@ -55,12 +55,15 @@ class StopSignals:
             if self._since.pop(signum, None) is not None:
                 self._hand_on(signum)
 
-    def asked(self, ranks: Ranks, device: torch.device) -> list[signal.Signals]:
-        """The signals that any rank was sent, in the order of SIGNALS; all ranks must call this together."""
-        came = [signum in self._since for signum in SIGNALS]
+    def asked(self, ranks: Ranks, device: torch.device, *, is_due: bool = False) -> tuple[list[signal.Signals], bool]:
+        """The signals that any rank was sent, in the order of SIGNALS, and whether any rank says `is_due`.
+
+        All ranks must call this together; what they say travels in one reduction.
+        """
+        said = [*(signum in self._since for signum in SIGNALS), is_due]
         if ranks.world_size > 1:
-            came = [count > 0 for count in sum_over_ranks(torch.tensor(came, device=device).int(), ranks).tolist()]
-        return [signum for signum, is_asked in zip(SIGNALS, came, strict=True) if is_asked]
+            said = [count > 0 for count in sum_over_ranks(torch.tensor(said, device=device).int(), ranks).tolist()]
+        return [signum for signum, is_asked in zip(SIGNALS, said, strict=False) if is_asked], said[-1]
 
     def answer(self, asked: list[signal.Signals], iteration: int, ranks: Ranks, device: torch.device) -> None:
         """Has the old handlers answer, on every rank as if each had been sent the signals; returns if they do.
@@ -95,6 +98,11 @@ class StopSignals:
             raise SystemExit(128 + signum)
         _log.info("%s: its handler lets the run go on", names)
         self.listen()
+
+    def left_s(self) -> float:
+        """Seconds that the stop may still take, without a tenth of them for its end."""
+        now = time.monotonic()
+        return max(0.0, 0.9 * self._grace_s - (now - min(self._since.values(), default=now)))
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         """Our handler. An impatient second signal goes to the old one at once, and nothing more is saved."""

@@ -7,7 +7,6 @@ iteration -> maybe save and stop]* -> evaluate -> result.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,12 +17,14 @@ import torch
 from dual_policy_plugin.config import Config, TrainerConfig
 from dual_policy_plugin.continuation import last_figures, open_run, resume, run_result, save_checkpoint, save_state
 from dual_policy_plugin.devices import choose_device, set_threads
-from dual_policy_plugin.distributed import join_ranks, leave_ranks
+from dual_policy_plugin.distributed import join_ranks, open_group, tell_error
 from dual_policy_plugin.evaluate import as_metrics, evaluate
 from dual_policy_plugin.evaluation.matches import MatchResult
+from dual_policy_plugin.heartbeat import beat
 from dual_policy_plugin.memory import keep_freed_memory
 from dual_policy_plugin.npc.lock import lock_facts
 from dual_policy_plugin.parts import Parts, build_parts
+from dual_policy_plugin.rank_variables import find_ranks
 from dual_policy_plugin.report.iteration import (
     Laps,
     RunClock,
@@ -39,9 +40,8 @@ from dual_policy_plugin.run_state import (
     Counters,
     decode_state,
     share_counters,
-    share_state,
 )
-from dual_policy_plugin.seating import later_seed, next_seating
+from dual_policy_plugin.seating import next_seating
 from dual_policy_plugin.snapshots import change_npcs, count_games
 from dual_policy_plugin.stop_signals import StopSignals
 
@@ -60,16 +60,17 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
     Raises:
         DualPolicyError: anything that is wrong, before the first step; or a run that diverged.
     """
-    device = choose_device(config.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    ranks = find_ranks()
     trainer = config.trainer
     set_threads(config, make_host)
     keep_freed_memory()
-    ranks = join_ranks(device.type)
     clock = RunClock(config.hourly_cost, ranks)
     with ExitStack() as stack:
         signals = stack.enter_context(StopSignals(trainer.grace_s))
-        stack.callback(leave_ranks)
-        run = stack.enter_context(open_run(config, resolved_yaml)) if ranks.is_first else None
+        stack.enter_context(join_ranks(ranks))
+        device = choose_device(config.device, local_rank=ranks.local_rank)
+        open_group(ranks, device.type)
+        run, mirror = open_run(config, resolved_yaml, stack) if ranks.is_first else (None, None)
         parts = build_parts(config, run.path if run else None, ranks, device, make_host, stack)
         if run is not None and parts.players.lock:
             run.record_lock(lock_facts(parts.players.lock))
@@ -81,15 +82,14 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
         counters = share_counters(saved.counters if saved else Counters(), ranks, device)
         env.reset(config.seed, stagger=True)
         seating = resume(config, run, parts, counters, saved, ranks)
-        share_state(seating.mixed, ppo, seating.metrics, ranks)
-        if counters.iteration and not (run and hasattr(env, "state_dict")):
-            # no state to go on from: new episodes, or a run that is often stopped would see its first ones only
-            env.reset(later_seed(config, counters), stagger=True)
+        if mirror is not None:
+            mirror.advance()  # epoch 0, or what an earlier process could not send
         log = stack.enter_context(RunLog(run, config, parts.players.npcs)) if run else None
         figures = last_figures(run) if run else {}
         clock.go_on(last_figures(run, "timing.jsonl") if run else {})
         start_rollouts(env, seating.mixed, seating.experience)
         laps, saved_at = Laps(device), time.monotonic()
+        stack.push(tell_error)  # called first of all, where the run fails
         signals.listen()
         while counters.agent_step < trainer.total_timesteps:
             laps.mark()
@@ -107,6 +107,7 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
                 counters, learning_rate, losses, seating.metrics, experience, env.spec, ranks
             )
             timing = iteration_rates(experience, env.spec, ranks, laps) | clock.read()
+            beat(timing["timing/elapsed_s"] if ranks.is_first else None)
             is_last = counters.agent_step >= trainer.total_timesteps
             is_snapshot = count_games(parts.roster, seating.mixed.pool, sums, counters.iteration)
             checkpoint = None
@@ -120,13 +121,17 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
             snapshot = counters.iteration if is_snapshot else None
             change_npcs(parts.roster, parts.seatings.pool, run, snapshot, ranks)
             seating = next_seating(config, env, parts.seatings, seating, counters, sums)
-            asked = signals.asked(ranks, device)
-            if run is not None and log is not None:
-                is_due = time.monotonic() - saved_at >= trainer.state_interval_s
-                if checkpoint is not None or asked or is_due:
-                    save_state(run, parts, seating, counters, is_between=checkpoint is None)
-                    saved_at = time.monotonic()
+            is_due = checkpoint is not None or time.monotonic() - saved_at >= trainer.state_interval_s
+            asked, is_due = signals.asked(ranks, device, is_due=is_due and ranks.is_first)
+            if asked or is_due:
+                save_state(run, parts, seating, counters, ranks, is_between=checkpoint is None)
+                saved_at = time.monotonic()
+                if mirror is not None:
+                    mirror.advance()
+            if log is not None:
                 log.show(counters.iteration, figures, timing, checkpoint)
+            if asked and mirror is not None:
+                mirror.settle(signals.left_s())
             if asked:
                 signals.answer(asked, counters.iteration, ranks, device)
         signals.release()
@@ -141,6 +146,8 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
         run.append_timing({"iteration": counters.iteration, **totals})
         result = run_result(config, run, parts, counters, figures, evals, totals["timing/elapsed_s"])
         log.result(result)
+        if mirror is not None:
+            mirror.finish()
         return result
 
 

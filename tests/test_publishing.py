@@ -22,7 +22,7 @@ from dual_policy_plugin.npc.resolver import PinnedPolicy, read_verified, resolve
 from dual_policy_plugin.publishing import Destination, Publisher, checkpoint_facts, plain_name, s3_destination
 from dual_policy_plugin.report.loggers import WandbLogger
 from dual_policy_plugin.run_directory import RunDirectory
-from dual_policy_plugin.run_state import STATE_NAME
+from dual_policy_plugin.run_state import FACTS_KEY, STATE_NAME
 from dual_policy_plugin.types import ObservationSpace
 from tests.services.s3_server import S3Server
 from tests.services.wandb_server import WandbServer
@@ -57,9 +57,9 @@ def save(run: RunDirectory, epoch: int, score: float | None = None) -> None:
 
 
 def save_state(run: RunDirectory, epoch: int) -> None:
-    counters = json.dumps({"iteration": epoch})
+    facts = json.dumps({"counters": {"iteration": epoch}})
     weights = {"x": torch.zeros(1).numpy()}
-    run.save_state(STATE_NAME, safetensors.numpy.save(weights, metadata={"counters": counters}))
+    run.save_state(STATE_NAME, safetensors.numpy.save(weights, metadata={FACTS_KEY: facts}))
 
 
 def open_run(folder: Path, keep: int = 5) -> RunDirectory:

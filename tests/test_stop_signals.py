@@ -35,7 +35,7 @@ from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.run_state import Counters
 from dual_policy_plugin.stop_signals import SIGNALS, StopSignals
 from dual_policy_plugin.train import train
-from tests.test_distributed import TRAIN, run_ranks
+from tests.distributed.scripts import TRAIN, run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -87,7 +87,7 @@ def saved_iteration(run: Path) -> int:
 def state_of(run: Path) -> dict[str, Any]:
     """All of a run's state: the digest of each tensor, counters, roster."""
     with safe_open(run / "state/training.safetensors", "np") as file:
-        state = {key: json.loads(value) for key, value in file.metadata().items()}
+        state: dict[str, Any] = json.loads(file.metadata()["run"])
         tensors = {key: hashlib.sha256(file.get_tensor(key).tobytes()).hexdigest() for key in file.keys()}  # noqa: SIM118
     return state | tensors
 
@@ -227,9 +227,9 @@ def listening(handlers: Any) -> Iterator[tuple[StopSignals, list[int]]]:
 def test_a_signal_waits_for_the_iterations_end(listening: tuple[StopSignals, list[int]]) -> None:
     signals, seen = listening
     signal.raise_signal(signal.SIGTERM)
-    assert (seen, signals.asked(Ranks(), CPU)) == ([], [signal.SIGTERM])
+    assert (seen, signals.asked(Ranks(), CPU)[0]) == ([], [signal.SIGTERM])
     signals.answer([signal.SIGTERM], 1, Ranks(), CPU)
-    assert (seen, signals.asked(Ranks(), CPU)) == ([signal.SIGTERM], [])
+    assert (seen, signals.asked(Ranks(), CPU)[0]) == ([signal.SIGTERM], [])
     signal.raise_signal(signal.SIGTERM)  # it listens again
     assert seen == [signal.SIGTERM]
 
@@ -256,7 +256,7 @@ def test_an_impatient_second_signal_is_answered_at_once_and_a_copy_is_not(
     assert seen == []
     signal.raise_signal(signal.SIGINT)
     assert seen == [signal.SIGINT]
-    assert signals.asked(Ranks(), CPU) == [signal.SIGUSR1, signal.SIGINT]
+    assert signals.asked(Ranks(), CPU)[0] == [signal.SIGUSR1, signal.SIGINT]
 
 
 def test_ignored_signals_stay_ignored(handlers: Any) -> None:

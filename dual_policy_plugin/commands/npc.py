@@ -15,8 +15,6 @@ import contextlib
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from dual_policy_plugin.commands import npc_facts
@@ -25,17 +23,8 @@ from dual_policy_plugin.commands.words import choose_command, parse_words
 from dual_policy_plugin.config import SELECTOR_TYPES, Config, PolicySource, check_selector
 from dual_policy_plugin.errors import ConfigError, NpcError, RunError
 from dual_policy_plugin.files import encode_json
-from dual_policy_plugin.npc.lock import (
-    ROLES,
-    LockEntry,
-    lock_entries,
-    locked_as,
-    parse_lock,
-    pin_locked,
-    read_lock,
-    write_lock,
-)
-from dual_policy_plugin.npc.resolver import request_text, resolve, resolve_all, unique_names
+from dual_policy_plugin.npc.lock import LockEntry, read_lock, write_lock
+from dual_policy_plugin.npc.resolver import resolve, resolve_all
 from dual_policy_plugin.report.tables import format_table
 
 LOCK_NAME = "npc.lock.json"
@@ -118,7 +107,9 @@ def lock_policies(words: list[str]) -> Answer:
     parser.add_argument("-o", "--output", type=Path, default=Path(LOCK_NAME), help=f"({LOCK_NAME})")
     args = parse_words(parser, words, is_mixed=True)
     _check_no_run(args.output)
-    entries = _pin_all(_read_configs(args.config), datetime.now(UTC).isoformat(timespec="seconds"))
+    from dual_policy_plugin.launch.preflight import pin_configs
+
+    entries = pin_configs(_read_configs(args.config))
     if not entries:
         raise ConfigError(
             f"{' '.join(args.config)}: no NPC in this config; add +dual_policy=checkpoint and "
@@ -130,43 +121,6 @@ def lock_policies(words: list[str]) -> Answer:
         mark = " (changed)" if before and before.get((one.role, one.name)) != one.sha256 else ""
         print(f"{one.role} {one.name}: {one.uri} sha256 {one.sha256[:12]}{mark}", file=sys.stderr)
     return str(args.output), 0
-
-
-def _pin_all(configs: list[Config], when: str) -> list[LockEntry]:
-    """What the runs of all configs would lock; what several ask for in one way stands there once.
-
-    Raises:
-        ConfigError: the same request means different policies, for example drawn with different seeds: a run that
-            looks its request up in the lock would find both.
-    """
-    by_request: dict[tuple[str, str], list[LockEntry]] = {}
-    for config in configs:
-        for role, source in config.policies:
-            found = _pin(source, role, config, when)
-            before = by_request.setdefault((role, found[0].requested), found)
-            if [(one.uri, one.sha256) for one in before] != [(one.uri, one.sha256) for one in found]:
-                raise ConfigError(
-                    f"{found[0].requested} means other policies in another of the configs; give each its own --output"
-                )
-    entries = [one for found in by_request.values() for one in found]
-    for role in ROLES:  # policies are told apart by their names, within their role
-        places = [i for i, one in enumerate(entries) if one.role == role]
-        for i, name in zip(places, unique_names([entries[i].name for i in places]), strict=True):
-            entries[i] = replace(entries[i], name=name)
-    return entries
-
-
-def _pin(source: PolicySource, role: str, config: Config, when: str) -> list[LockEntry]:
-    """The entries of one request: from the lock that the config itself names, as a run would, else resolved now."""
-    given, requested = config.trainer.dual_policy.lock, request_text(source)
-    offered = (
-        () if given is None else read_lock(given) if isinstance(given, Path) else parse_lock(given, "the config's lock")
-    )
-    with _clients_silenced():
-        if (known := locked_as(offered, requested, role=role)) or (given is not None and role == "npc"):
-            pin_locked(offered, requested, role=role)  # stops where other bytes stand by now
-            return list(known)
-        return list(lock_entries(resolve_all(source, seed=config.seed), when, role=role))
 
 
 def _read_configs(words: list[str]) -> list[Config]:

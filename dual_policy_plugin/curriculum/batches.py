@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dual_policy_plugin.curriculum.request import SweepRequest
 from dual_policy_plugin.curriculum.state import Job
 from dual_policy_plugin.errors import DualPolicyError, RunError
+from dual_policy_plugin.slurm.errors import explain
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ def launch_batch(request: SweepRequest, batch: Sequence[Job]) -> Exception | Non
     except (DualPolicyError, HydraException, OmegaConfBaseException):
         raise  # of what the user wrote; the command line has a line for it
     except Exception as error:
+        if line := explain(error):
+            raise line from error
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise RunError(
             f"the launcher {request.launcher} lost jobs of {request.folder}: {reason}; "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dual_policy_plugin import rng
 from dual_policy_plugin.evaluation.intervals import wilson_interval
+from dual_policy_plugin.heartbeat import beat
 from dual_policy_plugin.policies.pool import Npc, NpcPool, zero_rows
 from dual_policy_plugin.rollout.assignment import Assignment
 from dual_policy_plugin.rollout.episode_metrics import win_shares
@@ -297,6 +298,7 @@ def _play_round(
     actors.restart()
     for start in range(0, spec.max_episode_steps, CHECK_EVERY):
         num_steps = min(CHECK_EVERY, spec.max_episode_steps - start)
+        beat()
         uniforms = _uniforms(seed, start, num_steps, spec, envs_per_block, device)
         for t in range(num_steps):
             env.observe(seats, obs)

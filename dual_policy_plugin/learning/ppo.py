@@ -183,8 +183,8 @@ class PpoUpdate:
             learning_rate: of Adam, for this whole update.
 
         Returns:
-            Scalars on the device: LOSS_NAMES as means over the minibatches that were used, explained_variance, and weight_norm, the
-            Euclidean norm of all weights after the update.
+            Scalars on the device: LOSS_NAMES as means over the minibatches that were used, explained_variance, and
+            weight_norm, the Euclidean norm of all weights after the update.
         """
         self.learning_rate.fill_(learning_rate)
         if not self._is_capturing:

@@ -102,7 +102,7 @@ def read_lock(path: Path) -> tuple[LockEntry, ...]:
         NpcError: it cannot be read or is not as `write_lock` writes it; the message says where.
     """
     try:
-        with path.open("rb") as file:
+        with path.expanduser().open("rb") as file:
             data = file.read(MAX_LOCK_BYTES + 1)
         if len(data) > MAX_LOCK_BYTES:
             raise NpcError(f"{path}: over {MAX_LOCK_BYTES} bytes; this is no lock file")

@@ -65,8 +65,21 @@ class NpcPool:
         state: (num_envs * num_npc, max state size) float32, zeros at an episode's start.
     """
 
-    def __init__(self, npcs: Sequence[Npc], *, num_envs: int, num_npc: int, device: torch.device) -> None:
-        """Fills the slots; all NPCs there are have equal probabilities."""
+    def __init__(
+        self,
+        npcs: Sequence[Npc],
+        *,
+        num_envs: int,
+        num_npc: int,
+        device: torch.device,
+        first_env: int = 0,
+        all_envs: int | None = None,
+    ) -> None:
+        """Fills the slots; all NPCs there are have equal probabilities.
+
+        `first_env` is the number of the first env here among `all_envs`, those of all ranks (None: these are all).
+        """
+        self._first_env, self._all_envs = first_env, num_envs if all_envs is None else all_envs
         self.npcs = list(npcs)
         self.num_npc = num_npc
         self._state_sizes = [int(npc.policy.state_size) for npc in self.npcs]  # type: ignore[arg-type]
@@ -115,11 +128,11 @@ class NpcPool:
     def start_episodes(self) -> None:
         """New episodes in all envs: states zeroed, the NPCs spread over the envs in the order of the slots.
 
-        Env e takes the slot whose part of the probabilities' sum holds (e + 1/2) / num_envs.
+        Env e of all ranks' takes the slot whose part of the probabilities' sum holds (e + 1/2) / all_envs.
         """
-        num_envs = len(self.npc_of_env)
+        first, count = self._first_env, len(self.npc_of_env)
         self.state.zero_()
-        middles = (torch.arange(num_envs, device=self.state.device) + 0.5) / num_envs
+        middles = (torch.arange(first, first + count, device=self.state.device) + 0.5) / self._all_envs
         self.npc_of_env.copy_(self._drawn(middles))
 
     def end_episodes(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,7 +21,7 @@ class RunLog:
     def __init__(self, run: RunDirectory, config: Config, pinned: list[PinnedPolicy]) -> None:
         self._run = run
         s3 = [s3_destination(uri, config.run)] if (uri := config.trainer.publish_uri) is not None else []
-        self._wandb = WandbLogger.open(config.wandb, run, name=config.run, run_config=asdict(config))
+        self._wandb = WandbLogger.open(config.wandb, run, name=config.run, run_config=run.config())
         wandb = self._wandb.destination(config.run)
         try:
             self._publisher = Publisher.open(run, s3 if wandb is None else [wandb, *s3])

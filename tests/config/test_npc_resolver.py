@@ -18,7 +18,7 @@ from dual_policy_plugin.cli import main
 from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.config_loading import load_config
 from dual_policy_plugin.errors import ConfigError
-from dual_policy_plugin.interpolation import keep_requested, register_resolver
+from dual_policy_plugin.interpolation import config_text, keep_requested, register_resolver
 
 ROOT = Path(dual_policy_plugin.__file__).parent.parent
 BUILTINS = ROOT / "dual_policy_plugin" / "builtin" / "arena"
@@ -218,3 +218,25 @@ def test_load_config_of_a_plain_composed_config_gets_the_pin(policies: Path) -> 
     config = load_config(OmegaConf.create({"trainer": {"dual_policy": node}}))
     assert config.trainer.dual_policy.npc is not None
     assert config.trainer.dual_policy.npc.uri == f"file://{policies}/model_0007.safetensors"
+
+
+def test_a_config_as_text_holds_no_value_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts stay as they were written, by whatever way a key came to hold them; numbers and flags are resolved."""
+    monkeypatch.setenv("TOKEN", "s3cr3t")
+    monkeypatch.setenv("NUMBER", "8")
+    cfg = OmegaConf.create(
+        {
+            "plain": "${oc.env:TOKEN}", "chained": ["x-${plain}"], "default": "${oc.env:NONE,'a b, c'}",
+            "number": "${oc.decode:${oc.env:NUMBER}}", "nothing": "${oc.env:NONE,null}", "seed": 1, "copy": "${seed}",
+        }
+    )  # fmt: skip
+    text = config_text(cfg)
+    assert "s3cr3t" not in text
+    again = OmegaConf.create(text)
+    assert OmegaConf.to_container(again, resolve=False) == {
+        "plain": "${oc.env:TOKEN}", "chained": ["x-${oc.env:TOKEN}"], "default": "${oc.env:NONE,'a b, c'}",
+        "number": 8, "nothing": None, "seed": 1, "copy": 1,
+    }  # fmt: skip
+    assert OmegaConf.to_container(again, resolve=True) == OmegaConf.to_container(cfg, resolve=True)
+    assert config_text(again) == text
+    assert cfg.plain == "s3cr3t", "the resolver is itself again"

@@ -25,7 +25,15 @@ from dual_policy_plugin.rollout.collector import collect_rollout, start_rollouts
 from dual_policy_plugin.rollout.episode_metrics import EpisodeMetrics
 from dual_policy_plugin.rollout.fused import FusedPlay, why_not_fused
 from dual_policy_plugin.rollout.mixed_policy import MixedPolicy, RandomNumbers
-from dual_policy_plugin.run_state import Counters, decode_state, encode_state, restore_state
+from dual_policy_plugin.run_state import (
+    Counters,
+    decode_state,
+    encode_state,
+    episode_tensors,
+    learner_tensors,
+    restore_episodes,
+    restore_learner,
+)
 from tests.gpu.agreement import (
     assert_as_near,
     assert_drawn,
@@ -330,7 +338,11 @@ def check_restored_state(device: torch.device, dtype: torch.dtype, size: Size, *
     game = Game(device, dtype, size, is_decided=False, settings=settings, capture=device.type == "cuda")
     for iteration in range(num_iterations):
         game.iterate(iteration, 1e-3)
-    saved = encode_state(Counters(iteration=num_iterations), game.env, game.mixed, game.ppo, game.metrics)
+    saved = encode_state(
+        Counters(iteration=num_iterations),
+        learner_tensors(game.mixed, game.ppo),
+        [episode_tensors(game.env, game.mixed, game.metrics)],
+    )
 
     def go_on(game: Game) -> tuple[dict[str, Tensor], Tensor]:
         game.metrics.sums.zero_()
@@ -344,7 +356,8 @@ def check_restored_state(device: torch.device, dtype: torch.dtype, size: Size, *
     new = Game(device, dtype, size, is_decided=False, settings=settings)
     for where, other in (("the same run", game), ("a new run", new)):
         state = decode_state(saved, "state")
-        restore_state(state, "state", other.env, other.mixed, other.ppo, other.metrics)
+        restore_learner(state, "state", other.mixed, other.ppo)
+        assert restore_episodes(state, "state", other.env, other.mixed, other.metrics, Ranks()) == 1
         counters = state.counters
         assert counters.iteration == num_iterations
         start_rollouts(other.env, other.mixed, other.experience)

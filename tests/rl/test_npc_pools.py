@@ -31,10 +31,10 @@ from dual_policy_plugin.npc.resolver import resolve
 from dual_policy_plugin.policies.npcs import load_npc
 from dual_policy_plugin.pool_config import MatchmakingConfig
 from dual_policy_plugin.train import train
+from tests.distributed.scripts import run_ranks
 from tests.services.fixtures import s3_server, wandb_server  # noqa: F401
 from tests.services.s3_server import S3Server
 from tests.services.wandb_server import WandbServer
-from tests.test_distributed import run_ranks
 
 
 def config(path: Path, run: str, dual: DualPolicyConfig, *, opponents: tuple[str, ...] = (), **trainer: Any) -> Config:

@@ -29,8 +29,8 @@ from dual_policy_plugin.rollout.episode_metrics import EpisodeMetrics
 from dual_policy_plugin.rollout.mixed_policy import MixedPolicy
 from dual_policy_plugin.train import train
 from dual_policy_plugin.types import StepResult
+from tests.distributed.scripts import run_ranks
 from tests.harness import CPU
-from tests.test_distributed import run_ranks
 
 DUAL = "trainer.dual_policy"
 SMALL = [
@@ -72,7 +72,7 @@ def shares(line: dict[str, float]) -> dict[str, float]:
 def state_of(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The roster and the tensors of a run's state."""
     with safe_open(path / "state/training.safetensors", "pt") as file:
-        return json.loads(file.metadata()["roster"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return json.loads(file.metadata()["run"])["roster"], {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def snapshots_of(path: Path) -> list[dict[str, str]]:

@@ -1,0 +1,52 @@
+"""The command under a real torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(folder: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    begun = time.monotonic()
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False)
+    return done, time.monotonic() - begun
+
+
+@pytest.mark.slow
+def test_the_command_trains_under_torchrun(tmp_path: Path) -> None:
+    words = [
+        "run=two", "device=cpu", "env.num_envs=4", "trainer.horizon=16", "trainer.total_timesteps=1024",
+        "+dual_policy=checkpoint", "trainer.dual_policy.checkpoint_npc.uri=builtin://arena/medium", "evals.episodes=4",
+    ]  # fmt: skip
+    done, _ = torchrun(tmp_path, "-m", "dual_policy_plugin", "train", *words)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "train_dir/two/result.json").read_text())
+    assert result["agent_step"] == 1024
+    assert result["iterations"] == 1024 // (2 * 4 * 4 * 16)
+    assert done.stdout.count("result: ") == 1
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_under_torchrun_ends_the_other_in_time(tmp_path: Path) -> None:
+    """It sends the survivor SIGTERM, which a run answers between two iterations: that one will not end."""
+    args = {
+        "how": "killed", "moment": "asking", "rank": 1, "hold": "evaluating", "episodes": 4, "evaluate_interval": 1,
+    }  # fmt: skip
+    done, took_s = torchrun(tmp_path, "-m", "tests.distributed.programs", "fail", json.dumps(args))
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "rank 1 of 2 (" in lines[0]
+    assert "exitcode  : 75" in done.stderr
+    assert "exitcode  : -9" in done.stderr
+    assert took_s < 30.0  # starting torch twice included
