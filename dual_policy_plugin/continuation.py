@@ -67,8 +67,9 @@ def resume(
         save_checkpoint(config.run, run, parts, counters, {}, None)
     if parts.roster is not None and parts.seatings.pool is not None:
         start_pool(parts.roster, parts.seatings.pool, saved.roster if saved is not None else None, run, ranks)
-        if run is not None and run.checkpoint_path(counters.iteration).exists():  # else as `save_state` between two
-            keep_snapshots(parts.roster, run)
+        if run is not None:
+            is_between = not run.checkpoint_path(counters.iteration).exists()
+            keep_snapshots(parts.roster, run, is_between=is_between)
         held_out = [entry for entry in parts.players.lock if entry.role == "held_out"]
         check_held_out(held_out, {one.sha256: one.name for one in parts.roster.snapshots()})
     seating = parts.seatings(counters.num_learner or parts.assignment.num_learner)

@@ -152,13 +152,17 @@ def _find_others(ranks: Ranks, store: Store, wait_s: float) -> RankWatch:
         first = FirstRank(ranks.world_size)
         store.set("watch", first.ticket)
         return first.gather(wait_s)
-    return join_first(
-        ranks.rank,
-        ranks.world_size,
-        ranks.address,
-        lambda: store.get("watch").decode() if store.check(["watch"]) else None,
-        wait_s,
-    )
+
+    def find_ticket() -> str | None:
+        try:
+            return store.get("watch").decode() if store.check(["watch"]) else None
+        except RuntimeError as error:  # of the store, whose server is gone
+            raise RankLostError(
+                f"rank {ranks.rank} of {ranks.world_size}: rank 0 at {ranks.address}:{ranks.port} has ended before all "
+                "had come; its own output says why"
+            ) from error
+
+    return join_first(ranks.rank, ranks.world_size, ranks.address, find_ticket, wait_s)
 
 
 @contextmanager

@@ -19,19 +19,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
-
 from dual_policy_plugin.errors import DigestError, NpcError, RunError
+from dual_policy_plugin.mirror.places import MAX_PUT_BYTES
+from dual_policy_plugin.mirror.transfer import saved_iteration
 from dual_policy_plugin.npc.candidates import Candidate
 from dual_policy_plugin.npc.header import read_description
 from dual_policy_plugin.npc.sources import s3_client, s3_objects
 from dual_policy_plugin.npc.sources.http import with_retries
 from dual_policy_plugin.npc.uri import parse_uri, s3_name
 from dual_policy_plugin.run_directory import RunDirectory
-from dual_policy_plugin.run_state import FACTS_KEY, STATE_NAME
+from dual_policy_plugin.run_state import STATE_NAME
 
-MAX_PUT_BYTES = 5 * 1024**3
-"""The most that S3 takes in one request, and only one request can be made on the condition that the key is new."""
 _STATE_NAME = "published.json"
 _OWNER = "publisher"
 """Of the pins of what has not arrived."""
@@ -198,11 +196,7 @@ def _send_all(destination: Destination, batch: list[Checkpoint]) -> tuple[dict[i
 
 def run_epoch(run: RunDirectory) -> int:
     """The epoch that the run continues from; a checkpoint after it is made again, maybe with other bytes. -1: none."""
-    path = run.path / "state" / STATE_NAME
-    if not path.is_file():
-        return -1
-    with safetensors.safe_open(path, framework="np") as file:
-        return int(json.loads(file.metadata()[FACTS_KEY])["counters"]["iteration"])
+    return saved_iteration(run.path / "state" / STATE_NAME)
 
 
 def checkpoint_facts(path: Path) -> dict[str, Any]:
@@ -254,7 +248,7 @@ def put_new_object(uri: str, path: Path) -> None:
         data = path.read_bytes()
     except OSError as error:
         raise RunError(f"{what}: {path} cannot be read: {error.strerror}") from error
-    if len(data) > MAX_PUT_BYTES:
+    if len(data) > MAX_PUT_BYTES:  # only one request can be made on the condition that the key is new
         raise RunError(f"{what}: it has {len(data)} bytes, an object made in one request at most {MAX_PUT_BYTES}")
     digest = hashlib.sha256(data).hexdigest()
 

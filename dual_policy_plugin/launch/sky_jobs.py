@@ -101,7 +101,7 @@ def _take_up(jobs: Sequence[SkyJob], record: Record) -> tuple[dict[int, SkyJob],
     unsure = {entry.name for entry in record.entries.values() if entry.job is None}
     found = sky_sdk.find_jobs(unsure, cluster=record.cluster) if unsure else {}
     for lost in record.entries.values():
-        if lost.job is None and lost.name in {}:
+        if lost.job is None and lost.name in found:
             lost.job = found[lost.name]
         elif lost.job is None:
             lost.status = GONE  # it was never launched

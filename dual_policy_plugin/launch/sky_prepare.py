@@ -21,7 +21,7 @@ from omegaconf import DictConfig, open_dict
 from dual_policy_plugin.composition import CONFIG_DIR, refuse_masked_choices, text_override
 from dual_policy_plugin.config_loading import load_config
 from dual_policy_plugin.errors import ConfigError, DualPolicyError, LaunchError
-from dual_policy_plugin.interpolation import keep_requested
+from dual_policy_plugin.interpolation import hide_variables, keep_requested
 from dual_policy_plugin.launch import preflight, sky_sdk
 from dual_policy_plugin.launch.checkout import Checkout, read_checkout
 from dual_policy_plugin.launch.sky_jobs import SkyJob
@@ -82,6 +82,7 @@ def prepare_jobs(jobs: Sequence[SweepJob], settings: SkyLauncherConfig) -> list[
                     else _prepare_other(job, settings, checkout)
                 )
         except DualPolicyError as error:
+            hide_variables(error, job.config)
             raise type(error)(f"job {job.num}: {error}") from error
         prepared.append(one)
     return prepared

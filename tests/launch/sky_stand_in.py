@@ -105,9 +105,9 @@ class Cloud:
     def end(self) -> None:
         """Ends all that is left of the jobs."""
         for path in self.jobs():
-            for name in ("pid", "run.pid"):
-                with contextlib.suppress(OSError, ValueError):
-                    os.killpg(int((path / name).read_text()), signal.SIGKILL)
+            with contextlib.suppress(OSError, ValueError):
+                os.killpg(int((path / "pid").read_text()), signal.SIGKILL)
+        kill_nodes(self.folder)
 
     # SkyPilot's functions.
 
@@ -344,18 +344,33 @@ def _run_on_node(folder: Path, about: dict[str, Any], task: dict[str, Any], node
             cwd=work, env=variables | task["envs"] | task["secrets"],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
-    (folder / "run.pid").write_text(str(process.pid))
     write_status(folder, "RUNNING")
     while process.poll() is None:
         for name, word in (("cancel", "cancelled"), ("preempt", "preempted")):
             if (folder / name).exists():
                 (folder / name).unlink()
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                kill_nodes(home)
                 process.wait()
                 return word
         time.sleep(POLL_S)
     return process.returncode
+
+
+def kill_nodes(folder: Path) -> None:
+    """Kills every process whose home is a node in `folder`, in whatever session it is: the machine is gone."""
+    home = f"HOME={folder}/".encode()
+    found = True
+    while found:
+        found = False
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                variables = (path / "environ").read_bytes().split(b"\0")
+                if any(f"{one.decode(errors='replace')}/".encode().startswith(home) for one in variables):
+                    os.kill(int(path.name), signal.SIGKILL)
+                    found = True
+            except OSError:
+                continue  # another's, or gone by now
+        time.sleep(POLL_S)
 
 
 def _plain(value: Any) -> str:

@@ -118,6 +118,17 @@ def test_no_login_travels_in_a_url(url: str, shown: str) -> None:
     assert without_login(url) == shown
 
 
+def test_no_login_is_in_an_error_of_gits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git_here = tmp_path / "bin/git"
+    git_here.parent.mkdir()
+    git_here.write_text("#!/bin/bash\necho \"fatal: 'https://me:hunter2@host/x.git' is not there\" >&2; exit 1\n")
+    git_here.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{git_here.parent}:/usr/bin:/bin")
+    with pytest.raises(LaunchError) as caught:
+        changed_files(tmp_path)
+    assert str(caught.value) == f"git status failed in {tmp_path}: fatal: 'https://host/x.git' is not there"
+
+
 def test_without_git(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert refused(checkout).startswith("git is not installed")

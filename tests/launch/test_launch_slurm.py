@@ -157,7 +157,15 @@ def test_the_script_and_what_it_starts(
     monkeypatch.setenv("WANDB_API_KEY", "canary-key")
     (tmp_path / "home/.netrc").write_text("machine api.wandb.ai login user password canary-netrc\n")
     answering("cp", f'{sys.executable} -c "import shutil,sys; shutil.copy(*sys.argv[1:])" "$@"')
-    options = ["--gpus=4", "--nodes=2", "--cpus=6", "--partition=gpu", "hydra.launcher.qos=high", "--copies=2", "wandb=online"]
+    options = [
+        "--gpus=4",
+        "--nodes=2",
+        "--cpus=6",
+        "--partition=gpu",
+        "hydra.launcher.qos=high",
+        "--copies=2",
+        "wandb=online",
+    ]
     printed = launched(capsys, "slurm", *options, "--dry-run", MEDIUM, "run=big", "seed=3")
     for flag in ("gpus-per-node=4", "nodes=2", "ntasks-per-node=4", "cpus-per-task=6", "partition=gpu", "qos=high",
                  "job-name=big/0", "job-name=big/1", "requeue"):  # fmt: skip

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from collections.abc import Iterator
@@ -254,3 +255,29 @@ def test_the_launcher_composes_for_every_app() -> None:
     )  # fmt: skip
     assert "_target_: hydra_plugins.dual_policy.skypilot_launcher.SkyPilotLauncher" in shown.stdout
     assert shown.stderr == ""
+
+
+@pytest.mark.slow
+def test_a_run_whose_machine_is_taken_away_goes_on_on_another(cloud: Cloud, tmp_path: Path) -> None:
+    saved = tmp_path / "storage" / "s" / "0" / "checkpoints" / "model_0040.safetensors"
+
+    def take_away() -> None:
+        cloud.wait_for(saved.exists, 120)
+        cloud.preempt(1)
+
+    thread = threading.Thread(target=take_away)
+    thread.start()
+    more = ["seed=1", "trainer.total_timesteps=40000", "trainer.checkpoint_interval=20", "trainer.state_interval_s=1"]
+    assert main(sweep_words(tmp_path, *NPC, *more)) == 0
+    thread.join()
+    assert cloud.history(1) == ["PENDING", "RUNNING", "RECOVERING", "RUNNING", "SUCCEEDED"]
+    assert results(tmp_path)["0"]["agent_step"] >= 40000
+    lines = (tmp_path / "train_dir" / "s" / "0" / "metrics.jsonl").read_text().splitlines()
+    iterations = [json.loads(line)["iteration"] for line in lines]
+    assert iterations == list(range(iterations[0], iterations[0] + len(iterations)))
+    log = (cloud.folder / "jobs" / "1" / "run.log").read_text()
+    assert log.count("Dual-policy system initialized") == 2
+    assert log.count("win rate against random") == 1, "the first machine's processes ended with it"
+    goes_on = re.search(r"continues from its mirror .*: iteration (\d+),", log)
+    assert goes_on is not None
+    assert int(goes_on[1]) >= 20

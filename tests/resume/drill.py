@@ -1,6 +1,7 @@
 """A run is killed again and again, most of all inside its saves, and ends as one that never was.
 
-    python -m tests.resume.drill [--kills 200] [--seed 1] [--folder DIR] [--sabotage plain]
+    python -m tests.resume.drill [--kills 200] [--seed 1] [--folder DIR] [--sabotage plain | late]
+    python -m tests.resume.drill --calls N [--folder DIR]
 
 `dual-policy train` (arena, self-play with snapshots, matchmaking by payoffs, a recurrent NPC, the state saved after
 every iteration) runs once in peace, which gives every version of every file that may ever stand in the run directory.
