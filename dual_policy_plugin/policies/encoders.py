@@ -7,6 +7,7 @@ copies in the compute dtype that `pack` made once, for the rollout and for froze
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,11 +52,10 @@ class WindowEncoder(nn.Module):
         self._cell_padding = (0, 0, 0, padded_cells - self.num_cells)
         self._own_padding = (0, 0, first_own, padded_own - first_own - self.num_own - 1)
         # code 0 is "empty" and has no vector: an empty cell adds nothing
-        self.table = nn.Parameter(torch.randn(self.num_cells, self.num_codes - 1, width) * 0.1)
-        self.own = nn.Parameter(torch.randn(self.num_own, width) * 0.1)
+        self.table = nn.Parameter(_small_normal(self.num_cells, self.num_codes - 1, width))
+        self.own = nn.Parameter(_small_normal(self.num_own, width))
         self.bias = nn.Parameter(torch.zeros(width))
-        scales = torch.tensor(space.scales or (1.0,) * self.num_own)
-        self.register_buffer("own_scale", 1.0 / scales, persistent=False)
+        self.register_buffer("own_scale", _inverse(space.scales or (1.0,) * self.num_own), persistent=False)
         self.layout = window_layout(space)
         self.register_buffer("offsets", self.layout.offsets(), persistent=False)
 
@@ -101,10 +101,9 @@ class TokenEncoder(nn.Module):
         self.num_cells = space.window[0] * space.window[1]
         self.num_features = len(space.features)
         # one more cell for tokens that belong to none, and a last row of zeros for padding
-        self.table = nn.Parameter(torch.randn((self.num_cells + 1) * self.num_features, width) * 0.1)
+        self.table = nn.Parameter(_small_normal((self.num_cells + 1) * self.num_features, width))
         self.bias = nn.Parameter(torch.zeros(width))
-        scales = torch.tensor(space.scales or (1.0,) * self.num_features)
-        self.register_buffer("scale", 1.0 / scales, persistent=False)
+        self.register_buffer("scale", _inverse(space.scales or (1.0,) * self.num_features), persistent=False)
 
     def _encode(self, obs: Tensor, table: Tensor, bias: Tensor) -> Tensor:
         location, feature, value = obs.int().unbind(dim=-1)
@@ -178,3 +177,18 @@ def build_encoder(space: ObservationSpace, width: int) -> WindowEncoder | TokenE
     """The encoder for an observation space."""
     encoder: WindowEncoder | TokenEncoder | VectorEncoder = _ENCODERS[space.kind](space, width)
     return encoder
+
+
+def _small_normal(*shape: int) -> Tensor:
+    """Normal random numbers of standard deviation 0.1.
+
+    On the meta device, where a net is built for its shapes alone, none are drawn: torch would import its compiler for
+    that, a second of every start.
+    """
+    table = torch.empty(*shape)
+    return table if table.is_meta else table.normal_().mul_(0.1)
+
+
+def _inverse(scales: Sequence[float]) -> Tensor:
+    """1 / scale of each, in Python for the same reason."""
+    return torch.tensor([1.0 / scale for scale in scales])

@@ -8,6 +8,7 @@ the first lookup's rows hold the bias. Rows are summed in float32 before they ar
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -52,8 +53,8 @@ class WindowLayout:
 
     def offsets(self) -> Tensor:
         """(num_terms,) int32: each term's first row."""
-        sizes = torch.tensor(self._rows_of_terms(), dtype=torch.int32)
-        return (sizes.cumsum(0) - sizes).to(torch.int32)
+        ends = accumulate(self._rows_of_terms(), initial=0)
+        return torch.tensor(list(ends)[:-1], dtype=torch.int32)
 
     def _rows_of_terms(self) -> list[int]:
         codes = 1 << self.code_bits

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -409,3 +411,27 @@ def test_an_import_that_cannot_work_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="a policy file already"):
         import_policy(Path(write(tmp_path / "own.safetensors", make_file())), new, agent="fast", **options)
     assert not new.exists()
+
+
+def test_a_policy_is_loaded_without_torchs_compiler() -> None:
+    """Arithmetic on the meta device, where a net is built for its shapes, would import it: a second of every start."""
+    code = """
+import sys
+import torch
+from dual_policy_plugin import load_policy_from_checkpoint
+from dual_policy_plugin.policies.build import build_policy
+from dual_policy_plugin.types import ObservationSpace
+before = set(sys.modules)
+load_policy_from_checkpoint("builtin://arena/medium")
+features = ("a", "b", "c", "d")
+with torch.device("meta"):
+    for space in (
+        ObservationSpace(kind="tokens", shape=(20, 3), features=features, window=(5, 5), scales=(255.0,) * 4),
+        ObservationSpace(kind="vector", shape=(4,), features=features),
+    ):
+        for name in ("fast", "mlp"):
+            build_policy(name, {"hidden_size": 16}, space, ("stay", "go"))
+print(sorted({"torch._dynamo", "sympy"} & (set(sys.modules) - before)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "[]\n", done.stderr
