@@ -40,8 +40,8 @@ from dual_policy_plugin.snapshots import keep_snapshots, start_pool
 log = logging.getLogger(__name__)
 
 
-def open_run(config: Config, resolved_yaml: str, stack: ExitStack) -> tuple[RunDirectory, RunMirror | None]:
-    """The run's directory, and the mirror that it has been brought up to; both held until `stack` is closed.
+def open_run(config: Config, resolved_yaml: str, stack: ExitStack) -> RunDirectory:
+    """The run's directory, brought up to its mirror if it has one; both held until `stack` is closed.
 
     Args:
         config: the run.
@@ -52,8 +52,8 @@ def open_run(config: Config, resolved_yaml: str, stack: ExitStack) -> tuple[RunD
     path, trainer, mirror = config.train_dir / config.run, config.trainer, None
     if trainer.sync_uri is not None:
         mirror = stack.enter_context(RunMirror.open(trainer.sync_uri, config.run, path, grace_s=trainer.grace_s))
-    run = RunDirectory.open(path, config_yaml=text, keep_checkpoints=trainer.keep_checkpoints)
-    return stack.enter_context(run), mirror
+    run = RunDirectory.open(path, config_yaml=text, keep_checkpoints=trainer.keep_checkpoints, mirror=mirror)
+    return stack.enter_context(run)
 
 
 def resume(
@@ -78,6 +78,8 @@ def resume(
     if run is not None and saved is not None:
         restore_learner(saved, where, seating.mixed, parts.ppo)
         run.truncate_metrics(counters.iteration)
+        if run.mirror is not None:
+            run.mirror.advance()  # what an earlier process could not send
     share_learner(seating.mixed, parts.ppo, ranks)
     num_saved = restore_episodes(saved, where, parts.env, seating.mixed, seating.metrics, ranks)
     if counters.iteration and num_saved != ranks.world_size:
@@ -145,7 +147,15 @@ def save_state(
     run.save_state(STATE_NAME, state)
     if roster is not None and not is_between:
         keep_snapshots(roster, run)
+    if run.mirror is not None:
+        run.mirror.advance()
     parts.players.hold.refresh()
+
+
+def settle(run: RunDirectory | None, left_s: float) -> None:
+    """Waits, at most so many seconds, until the state that a stop saved is wherever it is to go."""
+    if run is not None and run.mirror is not None:
+        run.mirror.settle(left_s)
 
 
 def run_result(

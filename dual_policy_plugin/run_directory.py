@@ -29,6 +29,7 @@ from dual_policy_plugin import files
 from dual_policy_plugin.config_diff import add_to_config, diff_configs, show_diff
 from dual_policy_plugin.errors import RunError
 from dual_policy_plugin.run_lock import lock_run, unlock_run
+from dual_policy_plugin.run_mirror import RunMirror
 
 MAY_CHANGE = (
     "run",
@@ -63,11 +64,13 @@ class RunDirectory:
     Attributes:
         path: the directory.
         is_new: no checkpoint stood in it when it was opened, so the run starts from the beginning.
+        mirror: its copy on a storage that outlives the machine; None: it has none.
     """
 
-    def __init__(self, path: Path, *, lock: int, keep_checkpoints: int) -> None:
+    def __init__(self, path: Path, *, lock: int, keep_checkpoints: int, mirror: RunMirror | None = None) -> None:
         """Takes over the held `lock` (a file descriptor); users call `open`."""
         self.path = path
+        self.mirror = mirror
         self._lock: int | None = lock
         self._keep_checkpoints = keep_checkpoints
         self._scores: dict[int, float | None] = {}
@@ -83,6 +86,7 @@ class RunDirectory:
         config_yaml: str,
         keep_checkpoints: int = 5,
         may_change: tuple[str, ...] = MAY_CHANGE,
+        mirror: RunMirror | None = None,
         now: Callable[[], float] = time.time,
     ) -> Self:
         """Creates or continues the run at `path`, holding its lock.
@@ -94,6 +98,7 @@ class RunDirectory:
             config_yaml: the run's config, as it is to stand in config.yaml.
             keep_checkpoints: how many of the newest checkpoints stay.
             may_change: keys (with * for any rest) that may differ from the config of the run so far.
+            mirror: what the directory has been brought up to; whoever opened it closes it.
             now: seconds since 1970, for the note in the lock.
 
         Raises:
@@ -107,7 +112,7 @@ class RunDirectory:
         lock = lock_run(path, now())
         try:
             _clean_up(path)
-            run = cls(path, lock=lock, keep_checkpoints=keep_checkpoints)
+            run = cls(path, lock=lock, keep_checkpoints=keep_checkpoints, mirror=mirror)
             run._take_config(config_yaml, may_change)
             run._mend_copies()
         except BaseException:

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 
 from dual_policy_plugin.config import Config, TrainerConfig
-from dual_policy_plugin.continuation import last_figures, open_run, resume, run_result, save_checkpoint, save_state
+from dual_policy_plugin.continuation import (
+    last_figures,
+    open_run,
+    resume,
+    run_result,
+    save_checkpoint,
+    save_state,
+    settle,
+)
 from dual_policy_plugin.devices import choose_device, set_threads
 from dual_policy_plugin.distributed import join_ranks, open_group, tell_error
 from dual_policy_plugin.evaluate import as_metrics, evaluate
@@ -70,7 +78,7 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
         stack.enter_context(join_ranks(ranks))
         device = choose_device(config.device, local_rank=ranks.local_rank)
         open_group(ranks, device.type)
-        run, mirror = open_run(config, resolved_yaml, stack) if ranks.is_first else (None, None)
+        run = open_run(config, resolved_yaml, stack) if ranks.is_first else None
         parts = build_parts(config, run.path if run else None, ranks, device, make_host, stack)
         if run is not None and parts.players.lock:
             run.record_lock(lock_facts(parts.players.lock))
@@ -82,8 +90,6 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
         counters = share_counters(saved.counters if saved else Counters(), ranks, device)
         env.reset(config.seed, stagger=True)
         seating = resume(config, run, parts, counters, saved, ranks)
-        if mirror is not None:
-            mirror.advance()  # epoch 0, or what an earlier process could not send
         log = stack.enter_context(RunLog(run, config, parts.players.npcs)) if run else None
         figures = last_figures(run) if run else {}
         clock.go_on(last_figures(run, "timing.jsonl") if run else {})
@@ -126,13 +132,10 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
             if asked or is_due:
                 save_state(run, parts, seating, counters, ranks, is_between=checkpoint is None)
                 saved_at = time.monotonic()
-                if mirror is not None:
-                    mirror.advance()
             if log is not None:
                 log.show(counters.iteration, figures, timing, checkpoint)
-            if asked and mirror is not None:
-                mirror.settle(signals.left_s())
             if asked:
+                settle(run, signals.left_s())
                 signals.answer(asked, counters.iteration, ranks, device)
         signals.release()
 
@@ -146,8 +149,6 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
         run.append_timing({"iteration": counters.iteration, **totals})
         result = run_result(config, run, parts, counters, figures, evals, totals["timing/elapsed_s"])
         log.result(result)
-        if mirror is not None:
-            mirror.finish()
         return result
 
 

@@ -66,10 +66,10 @@ class RunLog:
         self._progress.message(text)
 
     def result(self, result: Mapping[str, Any]) -> None:
-        """Writes the run's result, says what it came to, and waits until every checkpoint is where it belongs.
+        """Writes the run's result, says what it came to, and waits until every file is where it belongs.
 
         Raises:
-            RunError: a checkpoint could not be published; the run itself is complete.
+            RunError: a checkpoint could not be published, or a file mirrored; the run itself is complete.
         """
         self._run.write_result(result)
         for match in result["evals"]:
@@ -82,3 +82,5 @@ class RunLog:
             self._publisher.finish()
         finally:
             self._wandb.finish(result)
+        if self._run.mirror is not None:
+            self._run.mirror.finish()
