@@ -247,13 +247,15 @@ def _train_job(cfg: DictConfig) -> float:
     """One job: checks the config, trains, and gives the objective to whatever sweeps."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
+    from omegaconf import OmegaConf
 
-    from dual_policy_plugin.interpolation import config_text, keep_requested
+    from dual_policy_plugin.interpolation import config_text, hide_variables, keep_requested
     from dual_policy_plugin.slurm.errors import job_error
 
     hydra = HydraConfig.get()
     is_sweep = hydra.mode == RunMode.MULTIRUN
-    job = f"job {hydra.job.num} ({hydra.job.override_dirname}): " if is_sweep else ""
+    told: Any = OmegaConf.to_container(hydra.job, resolve=False)  # without what its variables hold
+    job = f"job {hydra.job.num} ({told['override_dirname']}): " if is_sweep else ""
     try:
         configure_logging()  # a launcher may have started us in a process of its own
         if commit := os.environ.get("DUAL_POLICY_COMMIT"):
@@ -265,6 +267,7 @@ def _train_job(cfg: DictConfig) -> float:
         objective = train(config, resolved_yaml=config_text(cfg)).get("objective")
         return math.nan if objective is None else float(objective)  # no objective: another rank has the result
     except DualPolicyError as error:
+        hide_variables(error, cfg)
         show_error(error, job)
         _shown.append(error)
         with contextlib.suppress(OSError):
@@ -276,6 +279,7 @@ def _train_job(cfg: DictConfig) -> float:
                 raise SystemExit(EXIT_AGAIN) from error
         raise
     except Exception as error:
+        hide_variables(error, cfg)
         line = job_error(error)
         if line is not None:  # whoever waits for this process gets the line, its log has the rest
             traceback.print_exc()
@@ -331,7 +335,13 @@ def _watched_jobs() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _as_hydra_program(words: list[str]) -> Iterator[None]:
-    """Lets hydra.main read `words`, hand its exceptions to us, and say nothing of its own about them."""
+    """Lets hydra.main read `words`, hand its exceptions to us, and say nothing of its own about them.
+
+    Nothing of the program that it was stays: a second one in this process begins where that one was started.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    old_config = HydraConfig.instance().cfg
     old_argv, old_environ, old_stderr = sys.argv, dict(os.environ), sys.stderr
     sys.argv = ["dual-policy train", *words]
     if os.environ.get("HYDRA_FULL_ERROR") != "1":
@@ -341,6 +351,7 @@ def _as_hydra_program(words: list[str]) -> Iterator[None]:
         yield
     finally:
         sys.argv, sys.stderr = old_argv, old_stderr
+        HydraConfig.instance().cfg = old_config
         for name in ("HYDRA_FULL_ERROR", _ONE_LINE):
             if name in old_environ:
                 os.environ[name] = old_environ[name]

@@ -28,7 +28,7 @@ from dual_policy_plugin.config import Config
 from dual_policy_plugin.config_loading import known_keys, load_config
 from dual_policy_plugin.config_nodes import nearest_key
 from dual_policy_plugin.errors import ConfigError, DualPolicyError, RunError
-from dual_policy_plugin.interpolation import config_text, keep_requested
+from dual_policy_plugin.interpolation import config_text, hide_variables, keep_requested
 
 _PACKAGE = Path(__file__).resolve().parent
 # In a wheel the configs travel inside the package; in a checkout they stand beside it.
@@ -50,7 +50,11 @@ def compose_config(
         ConfigError: the overrides do not compose, or the result is not possible.
     """
     cfg = keep_requested(_compose(overrides, folder, primary))
-    return load_config(cfg), config_text(cfg)
+    try:
+        return load_config(cfg), config_text(cfg)
+    except ConfigError as error:
+        hide_variables(error, cfg)
+        raise
 
 
 def compose_hydra_node(overrides: list[str], name: str) -> dict[str, Any]:
@@ -127,7 +131,8 @@ def refuse_masked_choices() -> None:
     if not GlobalHydra.instance().is_initialized():
         return
     hydra = HydraConfig.get()
-    _refuse_masked(hydra.job.config_name or PRIMARY_CONFIG, list(hydra.overrides.hydra), list(hydra.overrides.task))
+    words: Any = OmegaConf.to_container(hydra.overrides, resolve=False)  # as typed, not with what a variable holds
+    _refuse_masked(hydra.job.config_name or PRIMARY_CONFIG, words["hydra"], words["task"])
 
 
 def _refuse_masked(config_name: str, hydra_words: list[str], words: list[str]) -> None:

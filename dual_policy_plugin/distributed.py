@@ -170,13 +170,21 @@ def _sending() -> Iterator[None]:
     """Around whatever waits for other ranks.
 
     Raises:
-        RankLostError: one of them is gone. A backend only says that a connection was closed, if it says anything.
+        RankLostError: one of them is gone, or hangs. A backend only says that a connection was closed, if it says
+            anything.
     """
     if _watch is not None and _watch.lost is not None:
         raise _watch.error()
+    begun = time.monotonic()
     try:
         yield
     except RuntimeError as error:
+        waited_s, limit_s = time.monotonic() - begun, _COLLECTIVE_TIMEOUT.total_seconds()
+        if _watch is not None and waited_s >= 0.99 * limit_s:
+            raise RankLostError(
+                f"rank {_watch.rank} of {_watch.world_size} has waited {limit_s:g} s for another rank, which lives and "
+                "does not come; the same command continues the run"
+            ) from error
         if _watch is not None and _watch.wait_for_loss():
             raise _watch.error() from error
         raise

@@ -2,7 +2,8 @@
 
 The variable DUAL_POLICY_HEARTBEAT names a file, set by whoever watches; without it nothing is written. Training and
 evaluation touch the file as they go on; its text is the run's age in seconds, over all restarts. Beside it, in
-`<file>.codes`, stand the exit codes of the ranks, which torchrun keeps to itself.
+`<file>.codes`, stand the exit codes of the ranks, which torchrun keeps to itself. While rank 0 evaluates the others
+wait, maybe watched on another machine; `rank_watch.py` hands its signs on to them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _last = -math.inf  # when this process has touched the file
 
 
 def beat(elapsed_s: float | None = None) -> None:
-    """Touches the heartbeat file, at most once a second; returns at once where nobody watches.
+    """Touches the heartbeat file, at most once a second; nothing is written where nobody watches.
 
     Args:
         elapsed_s: seconds that the run has taken over all its restarts; None: not known here.
@@ -30,10 +31,12 @@ def beat(elapsed_s: float | None = None) -> None:
         RunError: the file cannot be written.
     """
     global _last
-    path = os.environ.get(VARIABLE)
-    if not path or time.monotonic() - _last < _EVERY_S:
+    if time.monotonic() - _last < _EVERY_S:
         return
     _last = time.monotonic()
+    path = os.environ.get(VARIABLE)
+    if not path:
+        return
     try:
         file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
         try:
@@ -44,6 +47,11 @@ def beat(elapsed_s: float | None = None) -> None:
             os.close(file)
     except OSError as error:
         raise RunError(f"{VARIABLE}={path} cannot be touched: {error.strerror}; name a file that can") from error
+
+
+def last_beat() -> float:
+    """When this process last gave a sign of life, by time.monotonic, watched or not; -inf: never."""
+    return _last
 
 
 def read_age(path: str) -> float | None:

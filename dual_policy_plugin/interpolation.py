@@ -10,8 +10,9 @@ In our own app a policy's URI may be written so too. There the run's lock pins i
 from __future__ import annotations
 
 import copy
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ _POLICY_NODES = (
     "evals.opponents",
     "evals.held_out",
 )
+_VARIABLE = re.compile(r"\$\{oc\.env:\s*['\"]?(\w+)")
+_MIN_SECRET = 8  # letters; what is shorter is a word or a number, which would be taken out of the middle of others
 _WHOLE = re.compile(rf"\$\{{{RESOLVER}:(.*)\}}", re.DOTALL)
 
 
@@ -65,13 +68,37 @@ def config_text(cfg: DictConfig) -> str:
     """A config as YAML, resolved but for texts from the environment: `${oc.env:NAME}` stays as it was written, in
     whatever way a value came to hold it. So no file of a run holds a secret, and a restart reads the variable again.
     """
+    return OmegaConf.to_yaml(OmegaConf.create(config_values(cfg)))
+
+
+def config_values(cfg: DictConfig) -> Any:
+    """What `config_text` writes, as plain values."""
     real = OmegaConf.to_container(cfg, resolve=True)
     OmegaConf.register_new_resolver("oc.env", _variable_text, replace=True)
     try:
         told = OmegaConf.to_container(cfg, resolve=True)
     finally:
         OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
-    return OmegaConf.to_yaml(OmegaConf.create(_without_variables(real, told)))
+    return _without_variables(real, told)
+
+
+def hide_variables(error: BaseException, cfg: DictConfig) -> None:
+    """Puts `${oc.env:NAME}` in place of what such a variable of the config holds into the texts of an error and of what
+    led to it, before they are shown, logged or sent: a secret under a wrong key is not to be read in the message.
+    """
+    names = _VARIABLE.findall(OmegaConf.to_yaml(cfg))
+    held = {value: f"${{oc.env:{name}}}" for name in names if len(value := os.environ.get(name, "")) >= _MIN_SECRET}
+    one: BaseException | None = error
+    while held and one is not None:
+        one.args = tuple(_hidden(text, held) if isinstance(text, str) else text for text in one.args)
+        one = one.__cause__ or one.__context__
+
+
+def _hidden(text: str, held: Mapping[str, str]) -> str:
+    for value in sorted(held, key=len, reverse=True):
+        for form in (value, repr(value)[1:-1], ascii(value)[1:-1]):
+            text = text.replace(form, held[value])
+    return text
 
 
 def _variable_text(*words: object) -> str:

@@ -5,11 +5,13 @@ waits while rank 0 evaluates, asks nobody. So each rank holds one TCP connection
 process that dies, however it dies, has its connections closed by the operating system, and a machine that is gone says
 nothing for SILENT_S: rank 0 tells the others. A rank that ends with an error of its own says so before it closes.
 
-On the wire are lines: `.` every BEAT_S, `lost CODE TEXT`, `done` to rank 0, `end` from it. It needs no torch.
+On the wire are lines: `.` every BEAT_S, which is `beat` where rank 0 has given a sign of life (`heartbeat.py`), `lost
+CODE TEXT`, `done` to rank 0, `end` from it. It needs no torch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import selectors
@@ -20,7 +22,8 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from dual_policy_plugin.errors import EXIT_AGAIN, DualPolicyError, RankLostError
+from dual_policy_plugin.errors import EXIT_AGAIN, DualPolicyError, RankLostError, RunError
+from dual_policy_plugin.heartbeat import beat, last_beat
 
 BEAT_S = 1.0
 SILENT_S = 15.0
@@ -131,7 +134,7 @@ class RankWatch:
             woke = now
             if now >= beat_at:
                 beat_at = now + BEAT_S
-                self._send(".")
+                self._send("beat" if self.rank == 0 and now - last_beat() < 2 * BEAT_S else ".")
                 for peer, heard in list(self._heard.items()):
                     if now - heard > SILENT_S:
                         self._drop(
@@ -159,6 +162,9 @@ class RankWatch:
                 self._note_loss(text, int(code))
             elif kind == "done":
                 self._add_done(peer)
+            elif kind == "beat":
+                with contextlib.suppress(RunError):  # the main thread's own beat says so
+                    beat()
             elif kind == "end":
                 self._is_over.set()
 

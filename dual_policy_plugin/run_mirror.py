@@ -93,6 +93,7 @@ class RunMirror:
         lease = Lease(place)
         lease.take()
         try:
+            place.clean_up()
             listed = read_list(place)
             before = time.monotonic()
             if fetch_files(place, listed, folder):

@@ -8,3 +8,5 @@ done
 # One process per GPU, on a node without one a single process.
 processes="${SKYPILOT_NUM_GPUS_PER_NODE:-0}"
 if [ "$processes" -lt 1 ]; then processes=1; fi
+# What SkyPilot puts behind `run`, to wait for the uploads of a mounted bucket, has commands that fail.
+set +euo pipefail

@@ -627,6 +627,21 @@ def test_a_storage_that_cannot_be_had_is_one_line(
     assert not (tmp_path / RUN).exists()
 
 
+def test_what_a_killed_owner_left_half_written_is_removed(tmp_path: Path) -> None:
+    """Or a folder fills up: a run that is often lost leaves a state each time."""
+    sync_uri, mirror = f"{tmp_path}/mount", tmp_path / "mount" / RUN
+    (tmp_path / "mount").mkdir()
+    with mirror_of(tmp_path, sync_uri) as one, open_run(tmp_path) as run:
+        save(run, 0)
+        assert send(one)
+    before = bytes_of(mirror)
+    for name in ("config.yaml", "checkpoints/model_0001.safetensors", "state/training.safetensors"):
+        path = mirror / name
+        path.with_name(f".{path.name}.0123456789ab.tmp").write_bytes(b"half")
+    mirror_of(tmp_path, sync_uri).close()
+    assert bytes_of(mirror) == before
+
+
 def test_a_folder_that_goes_away_is_not_made_again(tmp_path: Path) -> None:
     mount = tmp_path / "mount"
     mount.mkdir()

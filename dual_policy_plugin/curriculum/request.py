@@ -23,6 +23,7 @@ from dual_policy_plugin.curriculum.decisions import AFTER_GATE
 from dual_policy_plugin.curriculum.state import STATE_NAME, Rung, SweepState
 from dual_policy_plugin.errors import ConfigError, RunError
 from dual_policy_plugin.files import encode_json
+from dual_policy_plugin.interpolation import config_values
 from dual_policy_plugin.policies.npcs import LOCK_NAME
 
 NPC_KEY = "trainer.dual_policy.checkpoint_npc"
@@ -141,7 +142,7 @@ def npc_overrides(overrides: Sequence[str], uri: str, lock: Path) -> list[str]:
 def request_record(request: SweepRequest) -> dict[str, Any]:
     """What the state file remembers of the request."""
     sweeper = {name: value for name, value in request.node.items() if name not in ("_target_", *_FREE)}
-    config = to_plain(request.compose(request.grid[0]))
+    config = config_values(request.compose(request.grid[0]))
     return {"sweeper": sweeper, "overrides": list(request.overrides), "config": config}
 
 

@@ -16,6 +16,8 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import yaml
+
 from dual_policy_plugin.errors import LaunchError
 
 FAILED = frozenset(
@@ -91,7 +93,7 @@ def start_job(config: Mapping[str, Any], name: str) -> int:
     """The id of a new managed job; comes back when the job is in the queue."""
     sky = load_sky()
     with _launch_errors(f"job {name} could not be launched"):
-        ids, _ = _wait(sky, sky.jobs.launch(_read_task(config), name=name))
+        ids, _ = _wait(sky, sky.jobs.launch(_launchable(config), name=name))
     if not ids:
         raise LaunchError(f"job {name} was launched, and SkyPilot gave no id; `sky jobs queue` lists it")
     return int(ids[0])
@@ -108,7 +110,9 @@ def start_cluster(config: Mapping[str, Any], cluster: str, *, down: bool, idle_m
     """
     sky = load_sky()
     with _launch_errors(f"cluster {cluster} took no job"):
-        request = sky.launch(_read_task(config), cluster_name=cluster, down=down, idle_minutes_to_autostop=idle_minutes)
+        request = sky.launch(
+            _launchable(config), cluster_name=cluster, down=down, idle_minutes_to_autostop=idle_minutes
+        )
         job, _ = _wait(sky, request)
     if job is None:
         raise LaunchError(f"cluster {cluster} took the job and gave no id; `sky queue {cluster}` lists it")
@@ -123,7 +127,10 @@ def job_statuses(ids: Collection[int], *, cluster: str | None = None) -> dict[in
     wanted = sorted(ids)
     with _launch_errors("the jobs' statuses cannot be had"):
         if cluster is not None:
-            found = sky.get(sky.job_status(cluster, job_ids=wanted))
+            try:
+                found = sky.get(sky.job_status(cluster, job_ids=wanted))
+            except sky.exceptions.ClusterDoesNotExist:  # it has ended, and its queue with it
+                return {}
             return {int(job): status.value for job, status in found.items() if status is not None}
         records = _queue(sky, refresh=True, job_ids=wanted)
     return {int(one["job_id"]): one["status"].value for one in records if one["status"] is not None}
@@ -238,7 +245,18 @@ def _read_task(config: Mapping[str, Any]) -> Any:
         if value is None:  # SkyPilot would leave it out without a word
             raise LaunchError(f"the secret {name} has no value; set the variable {name}")
     with _launch_errors("SkyPilot refuses the task"):
-        return sky.Task.from_yaml_config(copy.deepcopy(dict(config)))
+        return sky.Task.from_yaml_config({**copy.deepcopy(dict(config)), "_user_specified_yaml": _shown_yaml(config)})
+
+
+def _launchable(config: Mapping[str, Any]) -> Any:
+    """The task, which also says where its nodes fetch a workdir in git: `sky launch` adds that, the SDK does not."""
+    return _read_task(config).update_envs_and_secrets_from_workdir()
+
+
+def _shown_yaml(config: Mapping[str, Any]) -> str:
+    """The task without its keys: SkyPilot keeps a text beside the task, and would make its own with the keys in it."""
+    secrets = dict.fromkeys(config.get("secrets") or {}, "<redacted>")
+    return str(yaml.safe_dump({**config, "secrets": secrets} if secrets else dict(config), sort_keys=False))
 
 
 def _wait(sky: Any, request: Any) -> Any:

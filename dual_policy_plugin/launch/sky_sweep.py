@@ -6,10 +6,10 @@ result.json fetched -> returns. Nothing is launched before all jobs of the batch
 
 from __future__ import annotations
 
-import json
 import math
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,15 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dual_policy_plugin import files
-from dual_policy_plugin.errors import DualPolicyError, LaunchError, RunError
+from dual_policy_plugin.errors import ConfigError, DualPolicyError, LaunchError
+from dual_policy_plugin.interpolation import config_values
 from dual_policy_plugin.launch import sky_sdk
 from dual_policy_plugin.launch.sky_jobs import Outcome, SkyJob, run_jobs
 from dual_policy_plugin.launch.sky_prepare import RESULT_NAME, SweepJob, job_config, prepare_jobs
 from dual_policy_plugin.launch.sky_record import read_record
-from dual_policy_plugin.launch.sky_settings import load_settings
+from dual_policy_plugin.launch.sky_settings import KEY, load_settings
 from dual_policy_plugin.run_lock import lock_run, unlock_run
-from dual_policy_plugin.run_mirror import read_mirrored
+from dual_policy_plugin.run_mirror import read_mirrored, read_result
 
 _RETURNED = ("config.yaml", "npc.lock.json", "metrics.jsonl", "timing.jsonl")
 """Files of a run directory that come back with its result and the checkpoint that this names, where they are there."""
@@ -49,6 +50,7 @@ def launch_sweep(
     setup_globals()
     node: Any = OmegaConf.to_container(config.hydra.launcher, resolve=True)
     settings = load_settings(node)
+    _refuse_shown(config_values(config.hydra.launcher))
     sky_sdk.load_sky()
     jobs = {first + i: _compose(config, context, words, first + i) for i, words in enumerate(overrides)}
     prepared = prepare_jobs(list(jobs.values()), settings)
@@ -58,6 +60,16 @@ def launch_sweep(
         outcomes = run_jobs(prepared, record, settings, collect=lambda one: _fetch(one, jobs[one.num]))
     ids = {num: entry.job for num, entry in record.entries.items()}
     return [_job_return(job, context, outcomes[num], ids.get(num)) for num, job in jobs.items()]
+
+
+def _refuse_shown(node: Mapping[str, Any]) -> None:
+    """Raises a ConfigError for a variable of this shell among `envs`, which SkyPilot shows where it hides `secrets`."""
+    for name, value in (node.get("envs") or {}).items():
+        if "${oc.env:" in str(value):
+            raise ConfigError(
+                f"{KEY}.envs.{name}={value} would be shown by SkyPilot; name the variable in {KEY}.secrets=[...], "
+                "which hands it on hidden"
+            )
 
 
 def _compose(config: DictConfig, context: HydraContext, overrides: Sequence[str], num: int) -> SweepJob:
@@ -77,21 +89,18 @@ def _fetch(one: SkyJob, job: SweepJob) -> dict[str, Any] | None:
         RunError: the result is no JSON object, or something cannot be written here.
         StorageError: the storage cannot be reached.
     """
-    data = read_mirrored(one.sync_uri, one.run, RESULT_NAME)
-    if data is None:
+    result = read_result(one.sync_uri, one.run)
+    if result is None:
         return None
-    try:
-        result = json.loads(data)
-    except ValueError:
-        result = None
-    if not isinstance(result, dict):
-        raise RunError(f"{RESULT_NAME} of job {one.num} ({one.run} in {one.sync_uri}) is no JSON object")
-    names = [*_RETURNED, *([str(result["checkpoint"])] if result.get("checkpoint") else [])] if job.is_ours else []
+    names = list(_RETURNED) if job.is_ours else []
+    checkpoint = str(result.get("checkpoint"))
+    if job.is_ours and re.fullmatch(r"checkpoints/[\w-][\w.-]*", checkpoint):  # nothing outside of the job's folder
+        names.append(checkpoint)
     for name in names:
         content = read_mirrored(one.sync_uri, one.run, name)
         if content is not None:
             _write(job.folder / name, content)
-    _write(job.folder / RESULT_NAME, data)
+    _write(job.folder / RESULT_NAME, (files.encode_json(result, indent=2) + "\n").encode())
     return result
 
 

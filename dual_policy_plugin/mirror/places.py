@@ -78,6 +78,9 @@ class Place(Protocol):
     def delete(self, name: str) -> None:
         """Removes an object; it may be gone already."""
 
+    def clean_up(self) -> None:
+        """Removes what killed processes left half written; for who holds the lease."""
+
 
 def open_place(sync_uri: str, run: str) -> Place:
     """The place of a run.
@@ -156,6 +159,9 @@ class S3Place:
         """See Place."""
         arguments = {"Bucket": self.bucket, "Key": self.prefix + name}
         self._try(name, "removed", lambda: s3_client.client().delete_object(**arguments))
+
+    def clean_up(self) -> None:
+        """See Place. S3 keeps no half of an object that came in one request."""
 
     def _head(self, name: str) -> object:
         return s3_client.client().head_object(Bucket=self.bucket, Key=self.prefix + name)
@@ -267,6 +273,12 @@ class FolderPlace:
         """See Place."""
         with self._errors(name, "removed"):
             (self.folder / name).unlink(missing_ok=True)
+
+    def clean_up(self) -> None:
+        """See Place. Not in mirror/, where another process may be about to ask for the lease."""
+        with self._errors("", "cleaned"):
+            for folder in (self.folder, self.folder / "checkpoints", self.folder / "state"):
+                files.remove_temporary_files(folder)
 
     def _now(self) -> float:
         """Seconds since 1970 by the clock of the file system, which on a network is not ours."""

@@ -12,6 +12,10 @@ from pathlib import Path
 from dual_policy_plugin.errors import DualPolicyError, LaunchError, LimitError
 
 _KEYS = (
+    (
+        "array",
+        "`scontrol show config | grep MaxArraySize`, which a sweep's jobs exceed; divide its values among sweeps",
+    ),
     ("account", "hydra.launcher.account and hydra.launcher.qos; `sacctmgr show assoc user=$USER` lists yours"),
     ("partition", "hydra.launcher.partition; `sinfo` lists partitions"),
     ("qos", "hydra.launcher.qos; `sacctmgr show qos` lists them"),

@@ -99,6 +99,11 @@ def test_the_presets() -> None:
             "Slurm refuses the job: Invalid qos specification; see hydra.launcher.qos; `sacctmgr show qos` lists them",
         ),
         (
+            "sbatch: error: Batch job submission failed: Invalid job array specification",
+            "Slurm refuses the job: Invalid job array specification; see `scontrol show config | grep MaxArraySize`, "
+            "which a sweep's jobs exceed; divide its values among sweeps",
+        ),
+        (
             "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)",
             "Slurm refuses the job: Unable to contact slurm controller (connect failure)",
         ),

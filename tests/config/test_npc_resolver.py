@@ -18,7 +18,7 @@ from dual_policy_plugin.cli import main
 from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.config_loading import load_config
 from dual_policy_plugin.errors import ConfigError
-from dual_policy_plugin.interpolation import config_text, keep_requested, register_resolver
+from dual_policy_plugin.interpolation import config_text, hide_variables, keep_requested, register_resolver
 
 ROOT = Path(dual_policy_plugin.__file__).parent.parent
 BUILTINS = ROOT / "dual_policy_plugin" / "builtin" / "arena"
@@ -240,3 +240,23 @@ def test_a_config_as_text_holds_no_value_from_the_environment(monkeypatch: pytes
     assert OmegaConf.to_container(again, resolve=True) == OmegaConf.to_container(cfg, resolve=True)
     assert config_text(again) == text
     assert cfg.plain == "s3cr3t", "the resolver is itself again"
+
+
+def test_an_error_shows_a_variables_name_and_not_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the texts of all that led to it; what is too short for a secret stays, and so do variables of others."""
+    for name, value in {
+        "TOKEN": "s3cr3t's",
+        "OTHER": "s3cr3t's, and more",
+        "SHORT": "abc",
+        "UNNAMED": "s3cr3t",
+    }.items():
+        monkeypatch.setenv(name, value)
+    cfg = OmegaConf.create({"a": "${oc.env:TOKEN}", "b": ["x ${oc.env:'OTHER',null}"], "c": "${oc.env:SHORT}"})
+    first = ValueError("bad s3cr3t's, and more", 5)
+    first.__context__ = OSError("s3cr3t's")
+    error = ConfigError("""a="s3cr3t's" is not possible, nor abc, nor 's3cr3t'""")
+    error.__cause__ = first
+    hide_variables(error, cfg)
+    assert str(error) == """a="${oc.env:TOKEN}" is not possible, nor abc, nor 's3cr3t'"""
+    assert first.args == ("bad ${oc.env:OTHER}", 5)
+    assert first.__context__.args == ("${oc.env:TOKEN}",)

@@ -13,11 +13,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import dual_policy_plugin.train as program
-from dual_policy_plugin import rank_watch
+from dual_policy_plugin import distributed, heartbeat, rank_watch
 from dual_policy_plugin.config import (
     Config,
     DualPolicyConfig,
@@ -208,6 +210,35 @@ ENDS: dict[str, Callable[[], None]] = {
     "asked to stop": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
 }
+
+
+def hang(rank: int, wait_s: float, **changes: Any) -> None:
+    """A run in which a rank lives on and never comes to an update; the others wait `wait_s` for it."""
+    distributed._COLLECTIVE_TIMEOUT = timedelta(seconds=wait_s)
+    if int(os.environ["RANK"]) == rank:
+        at_time(2, "update", lambda: time.sleep(60.0))
+    train(**changes)
+
+
+def evaluate_long(seconds: float, **changes: Any) -> None:
+    """A run whose first evaluation takes that long; prints the longest time in which this rank gave no sign of life."""
+    os.environ[heartbeat.VARIABLE] += os.environ["RANK"]
+    begun, touch, touched = time.monotonic(), os.utime, []
+
+    def note(path: str) -> None:
+        touched.append(time.monotonic())
+        touch(path)
+
+    def evaluate() -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            heartbeat.beat()
+            time.sleep(0.05)
+
+    os.utime = note  # type: ignore[assignment]
+    at_time(1, "evaluating", evaluate)
+    train(**changes)
+    print(max(second - first for first, second in pairwise([begun, *touched, time.monotonic()])))
 
 
 def come_late(rank: int, wait_s: float) -> None:

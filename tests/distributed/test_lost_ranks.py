@@ -95,6 +95,29 @@ def test_all_others_name_the_one_that_is_lost(run_ranks: RunRanks) -> None:
 
 
 @pytest.mark.slow
+def test_a_rank_that_hangs_is_waited_for_and_then_lost(run_ranks: RunRanks) -> None:
+    """Its thread still says that it lives; the job ends so that a launcher begins it again."""
+    ended = run_ranks("hang", 2, rank=1, wait_s=3.0, **EVALUATED)
+    assert [one.code for one in ended] == [75, 75]
+    assert "rank 0 of 2 has waited 3 s for another rank, which lives and does not come" in only_line(ended[0])
+    assert "rank 0 of 2 (" in only_line(ended[1])
+    assert max(one.at_s for one in ended) < 25.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("evaluate_interval", [2, None])
+def test_all_ranks_show_signs_of_life_while_the_first_evaluates(
+    run_ranks: RunRanks, evaluate_interval: int | None
+) -> None:
+    """Each may be watched on a machine of its own; rank 0 evaluates for 4 s, between two updates or at the end."""
+    changes = EVALUATED | {"evaluate_interval": evaluate_interval}
+    ended = run_ranks("evaluate_long", 2, seconds=4.0, env={"DUAL_POLICY_HEARTBEAT": "heartbeat"}, **changes)
+    assert [one.code for one in ended] == [0, 0]
+    longest_s = [float(one.out.splitlines()[-1]) for one in ended]
+    assert max(longest_s) < 3.0
+
+
+@pytest.mark.slow
 def test_a_rank_that_falls_silent_is_lost(run_ranks: RunRanks) -> None:
     """A stopped process stands for a machine that is gone: its connections stay open, and nothing comes."""
     limits = {"SILENT_S": 2.0, "GRACE_S": 1.0}

@@ -158,10 +158,12 @@ class Cloud:
         return self._request("queue", answer, cluster_name=cluster_name)
 
     def job_status(self, cluster_name: str, job_ids: list[int] | None = None) -> str:
-        from sky import JobStatus
+        from sky import JobStatus, exceptions
 
         def answer() -> Any:
             listed = {one["id"]: JobStatus(one["status"]) for one in self._listed(cluster_name)}
+            if not listed:
+                raise exceptions.ClusterDoesNotExist(f"Cluster {cluster_name!r} does not exist.")
             return {job: listed.get(job) for job in job_ids or ()}
 
         return self._request("job_status", answer, cluster_name=cluster_name, job_ids=job_ids)

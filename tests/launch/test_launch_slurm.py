@@ -15,7 +15,7 @@ import pytest
 from dual_policy_plugin.errors import EXIT_AGAIN
 from dual_policy_plugin.launch import slurm_job
 from dual_policy_plugin.npc.lock import read_lock
-from dual_policy_plugin.slurm.requeue import MAX_STARTS
+from dual_policy_plugin.slurm.requeue import MAX_STARTS, SOON_S, requeue_job
 from tests.cluster.conftest import _slurm, cluster  # noqa: F401
 from tests.cluster.slurm import Cluster
 from tests.launch.launching import AGAINST, MEDIUM, URI, error_line, git, launched, make_checkout, only_this_machine
@@ -280,6 +280,46 @@ def test_a_job_ends_with_the_runs_exit_code_and_is_queued_again_on_75(
     with pytest.raises(SystemExit):
         job()
     assert (tmp_path / "asked").read_text() == "requeue 41\n"
+
+
+def test_a_long_run_with_many_starts_is_queued_again(
+    answering: Callable[[str, str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm counts timeouts and preemptions too; only what is soon lost again and again is left to somebody's eyes."""
+    answering("scontrol", f'echo "$@" >> {tmp_path}/asked')
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(10 * MAX_STARTS))
+    for lasted_s, is_queued in ((SOON_S - 60, False), (SOON_S + 60, True)):
+        monkeypatch.setenv("SLURM_JOB_START_TIME", str(int(time.time() - lasted_s)))
+        assert requeue_job() == is_queued
+        assert (tmp_path / "asked").exists() == is_queued
+
+
+@pytest.mark.parametrize(
+    ("script", "is_queued", "line"),
+    [
+        ("echo Requested operation is presently disabled for job 41 >&2; exit 1", False, "is presently disabled"),
+        ("echo Job is pending execution for job 41 >&2; exit 1", True, "job 41 is queued again"),
+        ("", True, "job 41 is queued again"),
+        (None, False, "No such file or directory"),
+    ],
+)
+def test_what_slurm_says_to_a_requeue(
+    script: str | None,
+    is_queued: bool,
+    line: str,
+    answering: Callable[[str, str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if script is not None:
+        answering("scontrol", script)
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    with caplog.at_level("WARNING"):
+        assert requeue_job() == is_queued
+    assert line in caplog.messages[0]
+    assert "\n" not in caplog.messages[0]
 
 
 def test_what_a_requeue_begins_is_the_same_command() -> None:

@@ -8,6 +8,7 @@ jobs' working directories with folders of this machine, and a job's working dire
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,8 +65,13 @@ def cloud(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     monkeypatch.setenv("TEST_STORAGE", str(place / "storage"))
     one = Cloud(place / "cloud")
     one.install(monkeypatch.setattr)
+    log = logging.getLogger()
+    before = list(log.handlers)
     yield one
     one.end()
+    for handler in [handler for handler in log.handlers if handler not in before]:  # Hydra's, into files that are gone
+        log.removeHandler(handler)
+        handler.close()
 
 
 def test_hydra_finds_the_launcher() -> None:

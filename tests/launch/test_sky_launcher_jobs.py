@@ -286,6 +286,19 @@ def test_jobs_on_a_cluster(cloud: Cloud, tmp_path: Path) -> None:
     assert (call["cluster_name"], call["idle_minutes_to_autostop"], call["down"]) == ("mine", 3, True)
 
 
+def test_the_jobs_of_a_cluster_that_has_ended_meanwhile_are_launched_again(
+    cloud: Cloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sky_jobs, "UNREACHABLE_S", 0.05)
+    sweep = Sweep(tmp_path / "s", [result(1.0)], replace(SETTINGS, mode="cluster", cluster="mine"))
+    cloud.fault("job_status", 1, "before")
+    assert killed(sweep.run) == signal.SIGKILL
+    cloud.wait_for(lambda: cloud.status(1) == "SUCCEEDED")
+    os.rename(cloud.folder / "jobs" / "1", tmp_path / "elsewhere")  # with the cluster, which was idle for long enough
+    assert "is not in the queue any more" in str(sweep.run()[0])
+    assert sweep.run() == {0: {"objective": 1.0}}
+
+
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     (tmp_path / RECORD_NAME).write_text('{"version": 1, "jobs": {"0": {}}}')
     with pytest.raises(RunError, match=r"skypilot_jobs.json is not as a sweep writes it"):

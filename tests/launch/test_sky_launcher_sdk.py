@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from dual_policy_plugin.errors import LaunchError
 from dual_policy_plugin.launch import sky_sdk
+from tests.launch.launching import git, make_checkout
 from tests.launch.sky_stand_in import Cloud
 
 try:
@@ -91,6 +93,31 @@ def test_the_statuses_are_skypilots() -> None:
     for statuses in (managed, on_cluster):
         assert {name for name, ended in statuses.items() if ended} == sky_sdk.ENDED & set(statuses)
     assert set(managed) | set(on_cluster) >= sky_sdk.ENDED
+
+
+def test_the_nodes_are_told_which_repository_they_fetch(
+    cloud: Cloud, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What `sky launch` does for a task with a workdir in git, and the SDK leaves to whoever calls it."""
+    code = make_checkout(tmp_path / "code")
+    head, url = git(code, "rev-parse", "HEAD"), "https://127.0.0.1:9/a/b.git"
+    behind = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{git(code, 'remote', 'get-url', 'origin')}.insteadOf"}
+    task = TASK | {"workdir": {"url": url, "ref": head}}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (behind | {"GIT_CONFIG_VALUE_0": "https://canary@127.0.0.1:9/a/b.git"}).items():
+            patch.setenv(name, value)
+        patch.setenv("GIT_TOKEN", "canary")
+        ids = [sky_sdk.start_job(task, "n"), sky_sdk.start_cluster(task, "c", down=True, idle_minutes=1)]
+    for job in ids:
+        asked = json.loads((cloud.folder / "jobs" / str(job) / "task.json").read_text())
+        assert (asked["envs"], asked["secrets"]) == ({"GIT_URL": url, "GIT_COMMIT_HASH": head}, {"GIT_TOKEN": "canary"})
+    assert "canary" not in "".join(capfd.readouterr())
+    with pytest.raises(
+        LaunchError, match=r"^job n could not be launched: Unsupported git URL format: /srv/a.git"
+    ) as said:
+        sky_sdk.start_job(TASK | {"workdir": {"url": "/srv/a.git", "ref": head}}, "n")
+    assert "\n" not in str(said.value)
+    assert len(cloud.jobs()) == 2
 
 
 def test_jobs_are_found_by_name_the_newest_of_each(cloud: Cloud) -> None:

@@ -99,6 +99,30 @@ def test_a_users_mistake_keeps_its_exit_code_through_torchrun(tmp_path: Path) ->
     assert recover(task, homes, NPC_URI="/no/such/policy", MASTER_PORT=str(free_port())) == [2]
 
 
+@pytest.mark.parametrize("code", [0, 7])
+def test_a_mounted_bucket_has_everything_before_the_task_ends(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SkyPilot puts lines of its own behind the script, which wait until what the mount has cached is uploaded."""
+    monkeypatch.setattr("sky.skylet.constants.RCLONE_CACHE_REFRESH_INTERVAL", 1)
+    task, home = read_template("train"), make_home(tmp_path / "node")
+    programs, logs = tmp_path / "venv/bin", home / ".sky/rclone_log"
+    for name, script in (("dual-policy", f"exit {code}"), ("findmnt", "echo one mount")):
+        programs.mkdir(parents=True, exist_ok=True)
+        (programs / name).write_text(f"#!/bin/bash\n{script}\n")
+        (programs / name).chmod(0o755)
+    logs.mkdir(parents=True)
+    line = "INFO  : vfs cache: cleaned: objects 3 (was 3) in use {0}, to upload {0}, uploading {0}, total size 1Mi\n"
+    (logs / "1.log").write_text(line.format(1) * 2000)  # of hours
+    with start_script(task["run"], home, task, DUAL_POLICY_VENV=str(programs.parent)) as node:
+        time.sleep(4)
+        assert node.poll() is None, node.communicate()[0]
+        with (logs / "1.log").open("a") as log:
+            log.write(line.format(0))
+        output = node.communicate(timeout=30)[0]
+    assert (node.returncode, "upload complete" in output) == (code, True), output
+
+
 def trainer_of(node: subprocess.Popen[str]) -> psutil.Process:
     (found,) = [
         one for one in psutil.Process(node.pid).children(recursive=True) if one.cmdline()[2:3] == ["train"]
