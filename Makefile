@@ -5,14 +5,15 @@ BIN := .venv/bin
 # where `make bench-gpu` writes its tables and JSON files
 OUT ?= benchmarks/results/gpu
 
-.PHONY: help setup setup-cluster demo test test-gpu check format bench bench-gpu builtins fuzz drill drill-curriculum drill-sky oracle bench-curriculum
+.PHONY: help setup setup-cluster demo test test-gpu lint check format bench bench-gpu builtins fuzz drill drill-curriculum drill-sky oracle bench-curriculum
 
 help:
 	@echo "make demo     train against a built-in opponent for a minute and see who wins"
 	@echo "make test     all tests"
 	@echo "make setup-cluster   what their parts on Slurm and SkyPilot need; as root, on Debian"
 	@echo "make test-gpu kernels, graphs and whole runs on a GPU, beside their plain twins"
-	@echo "make check    format, lint, types, import floors, fast tests"
+	@echo "make lint     format, lint, types, import floors"
+	@echo "make check    the same, and the fast tests"
 	@echo "make fuzz     ten thousand malformed and all hostile policy files"
 	@echo "make drill    a run killed 200 times, a quarter of them inside a save, ends as one that was not; ten minutes"
 	@echo "make drill-curriculum   a curriculum sweep killed at 20 random moments ends as one that was not"
@@ -46,11 +47,13 @@ test-gpu: setup
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch sees no CUDA device here")'
 	env -u TRITON_INTERPRET $(BIN)/pytest -q -s tests/gpu/gpu_checks.py
 
-check: setup
+lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+check: lint
 	$(BIN)/pytest -n 2 --dist worksteal -q -m 'not slow'
 
 format: setup

@@ -7,6 +7,7 @@ are put into a task only in the moment in which it is launched.
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,7 @@ from dual_policy_plugin.launch.sky_task import TaskOptions, build_task, read_tem
 COST_VARIABLE = "METTA_HOURLY_COST"
 _PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")
 """Variables of this machine that say where, and are no secret."""
-_MAX_NAME = 60
+_MAX_NAME = 56
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -167,13 +168,17 @@ def start(launch: SkyLaunch, *, is_job: bool, cluster: str | None) -> str:
 def estimate_cost(launches: Sequence[SkyLaunch]) -> Cost:
     """What an hour of all runs costs: SkyPilot's price, else METTA_HOURLY_COST for every node."""
     number = len(launches)
-    price = sky_sdk.hourly_cost(launches[0].task)
+    price, why = None, "SkyPilot has no price for these machines here"
+    try:
+        price = sky_sdk.hourly_cost(launches[0].task)
+    except LaunchError as error:  # a launch can do without, and the line of the cost says why
+        why = str(error)
     if price is not None:
         return Cost(hourly=price * number, source="SkyPilot's price")
     own = launches[0].preflight.config.hourly_cost
     if own is not None:
         return Cost(hourly=own * number * int(launches[0].task["num_nodes"]), source=f"{COST_VARIABLE}={own:g} a node")
-    return Cost(hourly=None, source=f"SkyPilot has no price for these machines here, and {COST_VARIABLE} is not set")
+    return Cost(hourly=None, source=f"{why}, and {COST_VARIABLE} is not set")
 
 
 def with_price(launch: SkyLaunch, cost: Cost, number: int) -> SkyLaunch:
@@ -187,7 +192,9 @@ def with_price(launch: SkyLaunch, cost: Cost, number: int) -> SkyLaunch:
 
 def task_name(run: str) -> str:
     """The run's name as SkyPilot takes it for clusters and jobs: letters, digits, `-`, `_`, `.`, a letter first."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", run).strip("-._")[:_MAX_NAME].strip("-._")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", run).strip("-._")
+    if len(name) > _MAX_NAME:  # a long name differs at its end: NAME/0, NAME/1
+        name = f"{name[: _MAX_NAME - 9]}-{hashlib.sha256(run.encode()).hexdigest()[:8]}"
     return name if name[:1].isalpha() else f"run-{name}".strip("-")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import re
 import sys
 import warnings
@@ -60,6 +61,9 @@ _MENDS: tuple[tuple[str, str], ...] = (
 )
 """SkyPilot's exceptions by name, subclasses before their bases, and what to do about each."""
 
+_PRICELESS = ("kubernetes", "ssh", "slurm")
+"""Where machines have no price."""
+
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _MAX_REASON = 300
 
@@ -70,8 +74,10 @@ def load_sky() -> Any:
     Raises:
         LaunchError: it is not installed; `import sky` may still find a folder of that name and succeed.
     """
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it names its plugins when it is imported
     try:
-        with warnings.catch_warnings():
+        # its log stays on the stream that is standard output now, and that one is ours
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")  # of what its modules import: nobody here can mend it
             import sky
     except ImportError:
@@ -181,10 +187,10 @@ def cancel_jobs(ids: Collection[int], *, cluster: str | None = None) -> None:
 
 
 def hourly_cost(config: Mapping[str, Any]) -> float | None:
-    """Dollars per hour of a task's nodes: the cheapest offer that its GPUs, cloud and spot fit.
+    """Dollars per hour of a task's nodes: the cheapest fitting offer of the clouds that the account has.
 
-    None where SkyPilot does not know: no API server is running (none is started for it), no GPU is asked for, or the
-    catalog has no price.
+    None where SkyPilot does not know: no API server is running (none is started for it), no GPU is asked for, no cloud
+    is enabled, or the catalog has no price.
     """
     sky = load_sky()
     task = _read_task(config)
@@ -192,22 +198,32 @@ def hourly_cost(config: Mapping[str, Any]) -> float | None:
         sky.api_info()
     except Exception:  # whatever keeps the server from answering, there is nobody to ask
         return None
-    prices: list[float] = []
     with _launch_errors("the price cannot be had"):
-        for wanted in task.resources:
-            prices += _prices(sky, wanted)
+        prices = list(_prices(sky, task))
     return min(prices) * int(task.num_nodes) if prices else None
 
 
-def _prices(sky: Any, wanted: Any) -> Iterator[float]:
+def _prices(sky: Any, task: Any) -> Iterator[float]:
     """Dollars per hour of every offer that fits one of a task's resources."""
-    cloud = None if wanted.cloud is None else str(wanted.cloud).lower()
-    for name, count in (wanted.accelerators or {}).items():
-        request = sky.list_accelerators(
-            name_filter=f"^{re.escape(name)}$", region_filter=wanted.region, quantity_filter=count, clouds=cloud
+    from sky.client import sdk  # `sky.list_accelerators` is another: this machine's catalog, not the server's
+
+    wanted: dict[tuple[str, str | None, float, bool], list[str]] = {}
+    for one in task.resources:
+        for name, count in (one.accelerators or {}).items():
+            wanted.setdefault((str(one.cloud or "").lower(), one.region, count, one.use_spot), []).append(name)
+    enabled = (
+        [name for name in map(str.lower, sky.get(sdk.enabled_clouds())) if name not in _PRICELESS] if wanted else []
+    )
+    for (cloud, region, count, is_spot), names in wanted.items():
+        clouds = [name for name in enabled if cloud in ("", name)]
+        if not clouds:
+            continue
+        kinds = "|".join(re.escape(name) for name in sorted(names))
+        request = sdk.list_accelerators(
+            name_filter=f"^(?:{kinds})$", region_filter=region, quantity_filter=count, clouds=clouds
         )
         for offer in (one for offers in sky.get(request).values() for one in offers):
-            price = offer.spot_price if wanted.use_spot else offer.price
+            price = offer.spot_price if is_spot else offer.price
             if price is not None and price > 0:  # no price is NaN there
                 yield float(price)
 
@@ -273,8 +289,10 @@ def _launch_errors(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         bases = {cls.__name__: cls.__module__ for cls in type(error).__mro__}
-        is_known = isinstance(error, RuntimeError | ValueError | OSError) or any(
-            module.partition(".")[0] in ("sky", "click", "requests") for module in bases.values()
+        is_known = (
+            isinstance(error, RuntimeError | ValueError | OSError)
+            or any(module.partition(".")[0] in ("sky", "click", "requests") for module in bases.values())
+            or hasattr(error, "stacktrace")  # raised by the server, whatever it is
         )
         if not is_known:
             raise

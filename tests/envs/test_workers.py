@@ -26,6 +26,20 @@ from dual_policy_plugin.errors import ConfigError, EnvError
 HERE = Path(__file__).parent
 
 
+@pytest.fixture(autouse=True)
+def _others():
+    """Processes that other tests of this session keep."""
+    others.clear()
+    others.update(psutil.Process().children(recursive=True))
+
+
+others = set()
+
+
+def our_children():
+    return [child for child in psutil.Process().children(recursive=True) if child not in others]
+
+
 @pytest.fixture
 def build():
     """Makes toy envs, closes them, and then finds no worker, descriptor or shared memory left."""
@@ -48,7 +62,7 @@ def build():
     envs.clear()
     del env
     gc.collect()  # the mapping holds a descriptor as long as a tensor of it lives
-    assert process.children(recursive=True) == []
+    assert our_children() == []
     assert process.num_fds() <= before
     assert set(os.listdir("/dev/shm")) <= shared
 
@@ -174,7 +188,7 @@ def test_an_order_may_follow_something_that_the_caller_does_not_wait_for(build):
     env._crew.order(env._workers, command, after=fail)
     with pytest.raises(RuntimeError, match="the device is lost"):
         env._crew.wait(env._workers, command)
-    assert psutil.Process().children() == []
+    assert our_children() == []
 
 
 def test_every_worker_has_its_share_of_both_halves():
@@ -317,7 +331,7 @@ def test_a_worker_that_raises_ends_the_run_with_its_traceback(build):
     assert str(caught.value).startswith("env worker 1 (envs 1, 3) raised:\nTraceback (most recent call last):\n")
     assert str(caught.value).endswith("ValueError: the toy broke")
     assert "toy_envs.py" in str(caught.value)
-    assert psutil.Process().children() == []
+    assert our_children() == []
     with pytest.raises(EnvError, match="is closed"):
         env.step(actions)
 
@@ -334,7 +348,7 @@ def test_a_worker_that_dies_ends_the_run_within_seconds(build, kind, message):
         env.step(actions)
     assert time.monotonic() - start < 5
     assert str(caught.value).startswith(f"env worker 1 (envs 1, 3) was killed by {message}")
-    assert psutil.Process().children() == []
+    assert our_children() == []
 
 
 def test_a_worker_that_hangs_does_not_outlive_close(build):
@@ -352,7 +366,7 @@ def test_a_worker_that_hangs_does_not_outlive_close(build):
 def test_idle_workers_use_no_core(build):
     env = build(make_walker)
     env.reset(1)
-    workers = psutil.Process().children()
+    workers = our_children()
     assert len(workers) == 2
     before = [sum(worker.cpu_times()[:2]) for worker in workers]
     time.sleep(0.5)
@@ -436,7 +450,7 @@ def test_an_installed_entry_point_is_an_env(tmp_path, monkeypatch):
         assert (env.spec.name, env.spec.num_envs, env.spec.num_agents) == ("corridor", 2, 2)
         assert env.spec.actions == ("stay", "north", "south")
         assert env.spec.max_episode_steps == 4
-        assert len(psutil.Process().children()) == 2  # no more workers than envs
+        assert len(our_children()) == 2  # no more workers than envs
     finally:
         env.close()
     with pytest.raises(ConfigError, match=r"env.name=lost stands for toy_envs:no, which cannot be loaded"):

@@ -36,6 +36,8 @@ class Cloud:
         self.errors: dict[str, Callable[[int], BaseException | None]] = {}
         """By function: what its n-th call raises."""
         self.prices: dict[str, list[Any]] = {}
+        self.enabled = ["aws", "kubernetes"]
+        """Clouds of the account."""
         self.is_up = True
         """Whether the API server answers without being started."""
         self._num_calls: dict[str, int] = {}
@@ -43,13 +45,14 @@ class Cloud:
 
     def install(self, set_attribute: Callable[[Any, str, Any], None]) -> None:
         """Puts the stand-in in place of the SDK's functions."""
+        import sky.client.sdk
         import sky.jobs
 
         import sky
 
         for module, names in (
             (sky, ("launch", "get", "stream_and_get", "queue", "job_status", "cancel", "api_status", "api_info")),
-            (sky, ("list_accelerators",)),
+            (sky.client.sdk, ("list_accelerators", "enabled_clouds")),
             (sky.jobs, ("launch", "queue_v2", "cancel")),
         ):
             for name in names:
@@ -176,6 +179,9 @@ class Cloud:
 
     def list_accelerators(self, **more: Any) -> str:
         return self._request("list_accelerators", lambda: self.prices, **more)
+
+    def enabled_clouds(self) -> str:
+        return self._request("enabled_clouds", lambda: self.enabled)
 
     def api_info(self) -> dict[str, str]:
         if not self.is_up:

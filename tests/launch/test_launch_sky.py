@@ -132,6 +132,9 @@ def test_the_cost(cloud: Cloud, capsys: pytest.CaptureFixture[str], monkeypatch:
     assert cost() == ("# cost: $12.00 an hour, up to $120.00 in 10 h (SkyPilot's price)", {"3.000000"})
     words.append("--spot")
     assert cost()[0] == "# cost: $2.00 an hour, up to $20.00 in 10 h (SkyPilot's price)"
+    monkeypatch.delenv("METTA_HOURLY_COST")
+    cloud.errors["list_accelerators"] = lambda _: ConnectionError("no\nroute")
+    assert cost() == ("# cost: not known; the price cannot be had: no route, and METTA_HOURLY_COST is not set", {""})
 
 
 def test_a_cluster_and_a_managed_job(cloud: Cloud, capsys: pytest.CaptureFixture[str]) -> None:
@@ -436,3 +439,11 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         main(["launch", "sky", "--help"])
     assert caught.value.code == 0
     assert "--heartbeat-timeout-seconds" in capsys.readouterr().out
+
+
+def test_long_names_stay_apart() -> None:
+    names = {sky_launch.task_name(f"{'long ' * 20}{i}") for i in range(3)}
+    assert len(names) == 3
+    for name in names:
+        assert len(name) <= 60
+        sky.utils.common_utils.check_cluster_name_is_valid(name)

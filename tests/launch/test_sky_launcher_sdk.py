@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,6 +80,34 @@ def test_what_skypilot_raises_is_one_line_with_the_mend(cloud: Cloud) -> None:
         assert caught.value.exit_code == 2
 
 
+def test_what_the_server_raises_is_no_defect_of_ours_whatever_it_is(cloud: Cloud) -> None:
+    error = ImportError("Failed to import dependencies for Kubernetes. Try running: pip install x")
+    error.stacktrace = "of the server"  # type: ignore[attr-defined]  # as SkyPilot's client marks it
+    cloud.errors["jobs.launch"] = lambda _: error
+    with pytest.raises(LaunchError, match="n could not be launched: Failed to import dependencies for Kubernetes"):
+        sky_sdk.start_job(TASK, "n")
+
+
+def test_prices_are_asked_of_the_server_through_requests() -> None:
+    """`sky.list_accelerators` is the catalog of this machine: it is no request, and reads files from the network."""
+    from sky.client import sdk
+
+    for name in ("list_accelerators", "enabled_clouds"):
+        assert "RequestId" in str(inspect.signature(getattr(sdk, name)).return_annotation)
+
+
+def test_standard_output_is_ours_alone() -> None:
+    program = (
+        "import logging; logging.basicConfig(level=logging.INFO)\n"
+        "from dual_policy_plugin.launch.sky_sdk import load_sky; load_sky()\n"
+        "logging.getLogger('sky.any').warning('a word of its own')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert "a word of its own" in done.stderr
+    assert "INFO" not in done.stderr
+
+
 def test_a_defect_keeps_its_traceback(cloud: Cloud) -> None:
     cloud.errors["jobs.launch"] = lambda _: KeyError("ours")
     with pytest.raises(KeyError):
@@ -146,8 +177,14 @@ def test_the_price_of_an_hour_is_the_cheapest_fitting_offer_for_all_nodes(cloud:
     assert sky_sdk.hourly_cost(task) == 7.5
     task["resources"] |= {"use_spot": True}
     assert sky_sdk.hourly_cost(task) == 4.5
-    asked = {(call["name_filter"], call["quantity_filter"]) for call in cloud.calls("list_accelerators")}
-    assert asked == {("^H100$", 2), ("^A100$", 2)}
+    asked = [
+        (call["name_filter"], call["quantity_filter"], call["clouds"]) for call in cloud.calls("list_accelerators")
+    ]
+    assert asked == [("^(?:A100|H100)$", 2, ["aws"])] * 2, "one request, and no cloud that the account has not"
+    cloud.enabled = ["kubernetes"]
+    assert sky_sdk.hourly_cost(task) is None
+    cloud.enabled = ["gcp"]
+    assert sky_sdk.hourly_cost(task | {"resources": {"accelerators": "H100:2", "infra": "aws"}}) is None
     assert sky_sdk.hourly_cost(TASK) is None, "no price of a machine without GPU"
     cloud.is_up = False
     assert sky_sdk.hourly_cost(task) is None, "no server is started to ask for a price"

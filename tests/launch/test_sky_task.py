@@ -256,3 +256,13 @@ def test_a_wheel_brings_them_along(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     shipped = {Path(name).name for name in names if name.startswith("dual_policy_plugin/sky_tasks/")}
     assert shipped == {path.name for path in (ROOT / "sky").iterdir()}
+
+
+def test_the_installed_click_is_one_that_sky_launch_works_with() -> None:
+    """A later one gives False for an option that was not given, and `sky launch` refuses every task."""
+    program = (
+        "from sky.client.cli.command import launch\n"
+        "print(launch.make_context('launch', ['sky/train.yaml']).params['backend_name'])"
+    )
+    words = [sys.executable, "-W", "ignore", "-c", program]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "None\n"
