@@ -15,8 +15,10 @@ import torch
 
 from dual_policy_plugin.config import Config
 from dual_policy_plugin.distributed import Ranks, gather_tensors, share_text
+from dual_policy_plugin.errors import RunError
 from dual_policy_plugin.evaluation.matches import MatchResult
 from dual_policy_plugin.files import read_lines
+from dual_policy_plugin.heartbeat import is_watched
 from dual_policy_plugin.parts import Parts
 from dual_policy_plugin.players import check_held_out
 from dual_policy_plugin.policies.npcs import recorded_npcs
@@ -38,6 +40,10 @@ from dual_policy_plugin.seating import Seating, later_seed
 from dual_policy_plugin.snapshots import keep_snapshots, start_pool
 
 log = logging.getLogger(__name__)
+MAX_STARTS = 10
+"""How often a launcher may begin a run after one and the same state."""
+MIRROR_S = 60.0
+"""How long a run that is refused waits for its mirror."""
 
 
 def open_run(config: Config, resolved_yaml: str, stack: ExitStack) -> RunDirectory:
@@ -96,6 +102,35 @@ def last_figures(run: RunDirectory, name: str = "metrics.jsonl") -> dict[str, fl
     """The newest line of metrics.jsonl or timing.jsonl; empty in a new run."""
     lines = read_lines(run.path / name)
     return {key: value for key, value in json.loads(lines[-1]).items() if key != "iteration"} if lines else {}
+
+
+def check_progress(run: RunDirectory, iteration: int, starts: int, totals: dict[str, float]) -> None:
+    """Ends a run that a launcher begins again and again, and that never comes further.
+
+    Every start leaves a line in timing.jsonl, so that one which ends before its first iteration counts too.
+
+    Args:
+        run: its directory.
+        iteration: after which it is begun.
+        starts: how often it has been.
+        totals: of the clock.
+
+    Raises:
+        RunError: too often; the next start counts from one again.
+    """
+    if not is_watched():
+        return
+    is_stuck = starts > MAX_STARTS
+    run.append_timing({"iteration": iteration, **totals, "timing/starts": 0 if is_stuck else starts})
+    if not is_stuck:
+        return
+    if run.mirror is not None:
+        run.mirror.advance()
+        run.mirror.settle(MIRROR_S)
+    raise RunError(
+        f"{run.path} has been begun {starts - 1} times after iteration {iteration} and saved no later state; the logs "
+        "of those starts say why; mend that (or lower trainer.state_interval_s) and launch it again"
+    )
 
 
 def save_checkpoint(

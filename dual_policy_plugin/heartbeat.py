@@ -49,6 +49,11 @@ def beat(elapsed_s: float | None = None) -> None:
         raise RunError(f"{VARIABLE}={path} cannot be touched: {error.strerror}; name a file that can") from error
 
 
+def is_watched() -> bool:
+    """Whether somebody watches, who may begin this process again."""
+    return bool(os.environ.get(VARIABLE))
+
+
 def last_beat() -> float:
     """When this process last gave a sign of life, by time.monotonic, watched or not; -inf: never."""
     return _last

@@ -15,6 +15,7 @@ import contextlib
 import os
 import secrets
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -60,6 +61,7 @@ class RankWatch:
         self._is_lost, self._is_over, self._is_closed = threading.Event(), threading.Event(), threading.Event()
         self._is_leaving = False
         self._end_at = float("inf")
+        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._selector = selectors.DefaultSelector()
         for peer, connection in peers.items():
             connection.setblocking(False)
@@ -134,6 +136,7 @@ class RankWatch:
             woke = now
             if now >= beat_at:
                 beat_at = now + BEAT_S
+                self._stop_without_parent()
                 self._send("beat" if self.rank == 0 and now - last_beat() < 2 * BEAT_S else ".")
                 for peer, heard in list(self._heard.items()):
                     if now - heard > SILENT_S:
@@ -142,6 +145,13 @@ class RankWatch:
                         )
             if now > self._end_at and not self._is_leaving:
                 self._end_process()
+
+    def _stop_without_parent(self) -> None:
+        """Where torchrun itself was killed, nobody else ends its ranks: they would hold the run for ever."""
+        if self._parent is not None and os.getppid() != self._parent:
+            self._parent = None
+            print("torchrun, which started this rank, is gone; the run saves and ends", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _receive(self, peer: int) -> None:
         try:

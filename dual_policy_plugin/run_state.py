@@ -108,10 +108,19 @@ class SavedState:
 
 
 def decode_state(data: bytes, where: str) -> SavedState:
-    """A saved state; `where` names it in errors."""
+    """A saved state; `where` names it in errors.
+
+    Raises:
+        RunError: it was saved by another version.
+    """
     metadata, tensors = read_safetensors(data, where)
-    facts = json.loads(metadata[FACTS_KEY])
-    return SavedState(counters=Counters(**facts["counters"]), roster=facts["roster"], tensors=tensors)
+    try:
+        facts = json.loads(metadata[FACTS_KEY])
+        return SavedState(counters=Counters(**facts["counters"]), roster=facts["roster"], tensors=tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{where} was saved by another version of this package; use that one, or another run="
+        ) from error
 
 
 def restore_learner(state: SavedState, where: str, mixed: MixedPolicy, ppo: PpoUpdate) -> None:

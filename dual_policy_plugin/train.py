@@ -16,6 +16,7 @@ import torch
 
 from dual_policy_plugin.config import Config, TrainerConfig
 from dual_policy_plugin.continuation import (
+    check_progress,
     last_figures,
     open_run,
     resume,
@@ -86,13 +87,15 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
         first_env = ranks.rank * env.spec.num_envs
 
         data = run.load_state(STATE_NAME) if run else None
-        saved = decode_state(data, STATE_NAME) if data else None
+        saved = decode_state(data, f"{run.path}/state/{STATE_NAME}") if run and data else None
         counters = share_counters(saved.counters if saved else Counters(), ranks, device)
+        starts = clock.go_on(last_figures(run, "timing.jsonl") if run else {}, counters.iteration)
+        if run is not None:
+            check_progress(run, counters.iteration, starts, clock.read())
         env.reset(config.seed, stagger=True)
         seating = resume(config, run, parts, counters, saved, ranks)
         log = stack.enter_context(RunLog(run, config, parts.players.npcs)) if run else None
         figures = last_figures(run) if run else {}
-        clock.go_on(last_figures(run, "timing.jsonl") if run else {})
         start_rollouts(env, seating.mixed, seating.experience)
         laps, saved_at = Laps(device), time.monotonic()
         stack.push(tell_error)  # called first of all, where the run fails
@@ -146,7 +149,7 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
             log.message(f"evaluating: {config.evals.episodes} episodes against {names}")
         evals = _evaluate(config, parts, device, make_host)
         totals = clock.read()
-        run.append_timing({"iteration": counters.iteration, **totals})
+        run.append_timing({"iteration": counters.iteration, **totals, "timing/starts": 0})
         result = run_result(config, run, parts, counters, figures, evals, totals["timing/elapsed_s"])
         log.result(result)
         return result

@@ -125,18 +125,27 @@ class RunClock:
         self._hourly = None if hourly_cost is None else hourly_cost * ranks.num_machines
         self._since = time.perf_counter()
         self._elapsed_s = self._accrued = 0.0
+        self._start: dict[str, float] = {}
 
-    def go_on(self, last: Mapping[str, float]) -> None:
-        """Continues from the newest line of timing.jsonl; {} in a new run."""
+    def go_on(self, last: Mapping[str, float], iteration: int) -> int:
+        """Continues from the newest line of timing.jsonl; {} in a new run.
+
+        Returns:
+            How often the run has been begun after `iteration`, this time included: more often than once where it ended
+            before it saved a later state.
+        """
         self._elapsed_s = last.get("timing/elapsed_s", 0.0)
         self._accrued = last.get("cost/accrued_total", 0.0)
+        before = last.get("timing/starts", 0) if last.get("timing/from_iteration") == iteration else 0
+        self._start = {"timing/from_iteration": iteration, "timing/starts": before + 1}
+        return int(before) + 1
 
     def read(self) -> dict[str, float]:
         """The totals up to now, by name."""
         now = time.perf_counter()
         passed_s, self._since = now - self._since, now
         self._elapsed_s += passed_s
-        totals = {"timing/elapsed_s": self._elapsed_s}
+        totals = {"timing/elapsed_s": self._elapsed_s, **self._start}
         if self._hourly is not None:
             self._accrued += self._hourly * passed_s / 3600
             totals |= {"cost/hourly_total": self._hourly, "cost/accrued_total": self._accrued}

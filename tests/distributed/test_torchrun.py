@@ -9,25 +9,33 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+
+from dual_policy_plugin.run_state import decode_state
 
 ROOT = Path(__file__).parents[2]
 
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+WORDS = (
+    "device=cpu", "env.num_envs=4", "trainer.horizon=16", "+dual_policy=checkpoint", "evals.episodes=4",
+    "trainer.dual_policy.checkpoint_npc.uri=builtin://arena/medium",
+)  # fmt: skip
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
 def torchrun(folder: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], float]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    begun = time.monotonic()
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False)
+    command, begun = [*TORCHRUN, *words], time.monotonic()
+    done = subprocess.run(
+        command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
+    )
     return done, time.monotonic() - begun
 
 
 @pytest.mark.slow
 def test_the_command_trains_under_torchrun(tmp_path: Path) -> None:
-    words = [
-        "run=two", "device=cpu", "env.num_envs=4", "trainer.horizon=16", "trainer.total_timesteps=1024",
-        "+dual_policy=checkpoint", "trainer.dual_policy.checkpoint_npc.uri=builtin://arena/medium", "evals.episodes=4",
-    ]  # fmt: skip
+    words = [*WORDS, "run=two", "trainer.total_timesteps=1024"]
     done, _ = torchrun(tmp_path, "-m", "dual_policy_plugin", "train", *words)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "train_dir/two/result.json").read_text())
@@ -50,3 +58,28 @@ def test_a_rank_that_is_killed_under_torchrun_ends_the_other_in_time(tmp_path: P
     assert "exitcode  : 75" in done.stderr
     assert "exitcode  : -9" in done.stderr
     assert took_s < 30.0  # starting torch twice included
+
+
+@pytest.mark.slow
+def test_ranks_whose_torchrun_was_killed_save_and_end(tmp_path: Path) -> None:
+    """They would train on, hold the run and refuse the next start."""
+    words = [*WORDS, "run=orphans", "trainer.total_timesteps=1000000000", "trainer.state_interval_s=3600"]
+    parent = subprocess.Popen(
+        [*TORCHRUN, "-m", "dual_policy_plugin", "train", *words],
+        cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    metrics = tmp_path / "train_dir/orphans/metrics.jsonl"
+    until = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 3):
+        assert parent.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    ranks = psutil.Process(parent.pid).children()
+    assert len(ranks) == 2
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=30)
+    assert not alive
+    state = decode_state((tmp_path / "train_dir/orphans/state/training.safetensors").read_bytes(), "state")
+    assert state.counters.iteration >= 3
+    assert state.counters.iteration == metrics.read_bytes().count(b"\n")

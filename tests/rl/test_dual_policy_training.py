@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dual_policy_plugin
+import dual_policy_plugin.train as program
 from dual_policy_plugin.checkpoint import decode_policy, read_safetensors
 from dual_policy_plugin.config import (
     AgentConfig,
@@ -24,7 +25,7 @@ from dual_policy_plugin.config import (
 )
 from dual_policy_plugin.envs.arena import make_arena
 from dual_policy_plugin.envs.build import env_bytes
-from dual_policy_plugin.errors import ConfigError, RunError
+from dual_policy_plugin.errors import ConfigError, RankLostError, RunError
 from dual_policy_plugin.memory import check_memory
 from dual_policy_plugin.policies.build import build_policy
 from dual_policy_plugin.policies.learner import Learner
@@ -338,6 +339,28 @@ def test_a_restart_on_a_dearer_machine_adds_to_the_cost(tmp_path: Path) -> None:
     assert accrued[0] > first[-1]["cost/accrued_total"] > 0
     passed_s = elapsed[-1] - first[-1]["timing/elapsed_s"]
     assert accrued[-1] - first[-1]["cost/accrued_total"] == pytest.approx(36.0 / 3600 * passed_s, rel=1e-6)
+
+
+def test_a_launcher_does_not_begin_a_run_for_ever_that_comes_no_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten starts after one state are a bad day, the eleventh is a defect; then the user may try again."""
+    monkeypatch.setenv("DUAL_POLICY_HEARTBEAT", str(tmp_path / "beat"))
+    config = small_config(tmp_path, checkpoint_interval=100, state_interval_s=3600)
+
+    def lost(*_: object) -> None:
+        raise RankLostError("rank 1 of 2 has ended")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(program, "iteration_figures", lost)
+        for _ in range(10):
+            with pytest.raises(RankLostError):
+                train(config, resolved_yaml="a: 1\n")
+        with pytest.raises(RunError, match="has been begun 10 times after iteration 0 and saved no later state"):
+            train(config, resolved_yaml="a: 1\n")
+    assert train(config, resolved_yaml="a: 1\n")["iterations"] == 4
+    for _ in range(12):  # a run that is done may be asked for its result as often as one likes
+        train(config, resolved_yaml="a: 1\n")
 
 
 @pytest.mark.parametrize(("seconds", "saved"), [(0.0, [0, 1, 2, 3, 4]), (3600.0, [0, 4])])
