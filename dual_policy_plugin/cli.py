@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 _ONE_LINE = "DUAL_POLICY_ONE_LINE"  # set where HYDRA_FULL_ERROR=1 is our wish and not the user's
 
+_MANY_JOBS = 50  # to compose them takes seconds, a tenth of one for each
+
 _shown: list[BaseException] = []  # errors of jobs whose line is already on stderr
 
 
@@ -91,7 +93,7 @@ def run_train(words: list[str]) -> int:
     import hydra
     from hydra._internal.utils import get_args_parser
 
-    from dual_policy_plugin.composition import CONFIG_DIR, PRIMARY_CONFIG, mend
+    from dual_policy_plugin.composition import CONFIG_DIR, PRIMARY_CONFIG, count_jobs, mend
     from dual_policy_plugin.slurm.errors import explain
 
     if "--info" not in words:  # Hydra prints it through a logger of its own
@@ -101,6 +103,10 @@ def run_train(words: list[str]) -> int:
     if is_dry:
         overrides += ["hydra.mode=MULTIRUN", "hydra.sweeper.dry_run=true"]
     _shown.clear()
+    if (num_jobs := count_jobs(overrides)) > _MANY_JOBS:
+        logging.getLogger(__name__).info(
+            "preparing %d jobs: Hydra composes each once before the first starts", num_jobs
+        )
     app = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=PRIMARY_CONFIG)(_train_job)
     try:
         with _as_hydra_program([*flags, *overrides]), _watched_jobs():
@@ -250,6 +256,7 @@ def _train_job(cfg: DictConfig) -> float:
     from omegaconf import OmegaConf
 
     from dual_policy_plugin.interpolation import config_text, hide_variables, keep_requested
+    from dual_policy_plugin.run_lock import check_unlocked
     from dual_policy_plugin.slurm.errors import job_error
 
     hydra = HydraConfig.get()
@@ -262,6 +269,8 @@ def _train_job(cfg: DictConfig) -> float:
             logging.getLogger(__name__).info("code: commit %s", commit)
         cfg = keep_requested(cfg)
         config = _load_job_config(cfg, hydra.job.num if is_sweep else None)
+        if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+            check_unlocked(config.train_dir / config.run)  # on each rank: together they could wait for an hour only
         from dual_policy_plugin.train import train
 
         objective = train(config, resolved_yaml=config_text(cfg)).get("objective")

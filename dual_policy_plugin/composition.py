@@ -7,6 +7,7 @@ the file it did not find; ours name what to type instead.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -88,6 +90,16 @@ def keep_run_names(overrides: Sequence[str]) -> list[str]:
     """The overrides with a run's name as it was typed: Hydra reads run=2025_11_21 as the number 20251121."""
     numeric = re.compile(r"(\+{0,2}run)=([+-]?\d[\d_.eE+-]*)")
     return [numeric.sub(r"\1='\2'", word) if numeric.fullmatch(word) else word for word in overrides]
+
+
+def count_jobs(overrides: Sequence[str]) -> int:
+    """How many jobs a sweep over these values has; 1 where only Hydra can tell, or will say what is wrong with them."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException:
+        return 1
+    listed = [one for one in parsed if one.is_discrete_sweep() and not isinstance(one.value(), Glob)]
+    return math.prod(sum(1 for _ in one.sweep_iterator()) for one in listed)
 
 
 def search_path(folder: Path) -> str:

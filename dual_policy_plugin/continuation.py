@@ -17,7 +17,7 @@ from dual_policy_plugin.config import Config
 from dual_policy_plugin.distributed import Ranks, gather_tensors, share_text
 from dual_policy_plugin.errors import RunError
 from dual_policy_plugin.evaluation.matches import MatchResult
-from dual_policy_plugin.files import read_lines
+from dual_policy_plugin.files import lines_backwards
 from dual_policy_plugin.heartbeat import is_watched
 from dual_policy_plugin.parts import Parts
 from dual_policy_plugin.players import check_held_out
@@ -100,8 +100,9 @@ def resume(
 
 def last_figures(run: RunDirectory, name: str = "metrics.jsonl") -> dict[str, float]:
     """The newest line of metrics.jsonl or timing.jsonl; empty in a new run."""
-    lines = read_lines(run.path / name)
-    return {key: value for key, value in json.loads(lines[-1]).items() if key != "iteration"} if lines else {}
+    for _, line in lines_backwards(run.path / name):
+        return {key: value for key, value in json.loads(line).items() if key != "iteration"}
+    return {}
 
 
 def check_progress(run: RunDirectory, iteration: int, starts: int, totals: dict[str, float]) -> None:
@@ -229,7 +230,7 @@ def _device(parts: Parts) -> torch.device:
 
 def _newest_return(run: RunDirectory) -> float | None:
     """The learner's mean return in the newest iteration in which an episode ended; None if none ever did."""
-    for line in reversed(read_lines(run.path / "metrics.jsonl")):
+    for _, line in lines_backwards(run.path / "metrics.jsonl"):
         figures = json.loads(line)
         if "dual_policy/policy_a_reward" in figures:
             return float(figures["dual_policy/policy_a_reward"])

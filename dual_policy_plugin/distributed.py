@@ -6,6 +6,7 @@ rank that cannot go on without another one ends with a RankLostError, not with w
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import socket
@@ -43,6 +44,8 @@ class Ranks:
     """There, where the ranks find each other."""
     is_port_served: bool = False
     """Whether the launcher listens there already; else rank 0 does."""
+    is_port_ours: bool = False
+    """Whether it was reckoned here, another one for the next start; else the user or the launcher has set it."""
 
     @property
     def is_first(self) -> bool:
@@ -72,7 +75,7 @@ def join_ranks(ranks: Ranks, *, wait_s: float = JOIN_S) -> Iterator[None]:
 
     Raises:
         RankLostError: some did not come, or were lost.
-        ConfigError: the port is taken.
+        ConfigError: the port is taken, and somebody has set it.
     """
     global _watch, _store, _num_joined
     if ranks.world_size == 1:
@@ -102,6 +105,7 @@ def open_group(ranks: Ranks, device_type: str) -> None:
     """Opens the process group of ranks that have met; `device_type`, cpu or cuda, is where tensors are sent from."""
     if _store is None:
         return
+    _store.set_timeout(_COLLECTIVE_TIMEOUT)  # NCCL's first collective asks it, and rank 0 may be fetching a mirror
     with _sending():
         dist.init_process_group(
             "nccl" if device_type == "cuda" else "gloo",
@@ -130,6 +134,10 @@ def _open_store(ranks: Ranks, wait_s: float) -> Store:
             server = listen(ranks.port, ranks.world_size)
         except OSError as error:
             reason = os.strerror(error.errno or 0)
+            if ranks.is_port_ours and error.errno == errno.EADDRINUSE:
+                raise RankLostError(
+                    f"{where} cannot be served ({reason}); the next start takes another port"
+                ) from error
             raise ConfigError(f"{where} cannot be served ({reason}); set MASTER_PORT to a free port") from error
         return connect(is_master=True, master_listen_fd=server.detach())
     until = time.monotonic() + wait_s

@@ -15,7 +15,8 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ _MENDS = {
 }
 _FOLDER_SYNC_UNKNOWN = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF}
 _TMP_SUFFIX = ".tmp"
+_BLOCK_BYTES = 1 << 16
 
 
 def file_error(error: OSError, path: Path, what: str) -> RunError:
@@ -51,8 +53,13 @@ def file_error(error: OSError, path: Path, what: str) -> RunError:
     return RunError(f"{path} could not be {what}: {reason}; {mend}")
 
 
-def publish(path: Path, data: bytes) -> None:
+def publish(path: Path, data: bytes, *, around: AbstractContextManager[object] | None = None) -> None:
     """Replaces `path` by `data` in one step; on return the bytes are on the disk.
+
+    Args:
+        path: the file.
+        data: its bytes.
+        around: entered before the step and left after it, such as a lock; if it raises, the old file stays.
 
     Raises:
         RunError: the file could not be written. The old file, if there was one, is intact, and no temporary file stays.
@@ -66,7 +73,8 @@ def publish(path: Path, data: bytes) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-            os.replace(temporary, path)
+            with around or contextlib.nullcontext():
+                os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
@@ -135,15 +143,57 @@ def read_lines(path: Path) -> list[bytes]:
     return lines
 
 
+def lines_backwards(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that `read_lines` gives, the last one first, each with where in the file it ends.
+
+    Of a long file no more is read than is asked for.
+
+    Raises:
+        RunError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            start = end = file.seek(0, os.SEEK_END)
+            rest, is_torn = b"", True
+            while start > 0:
+                start, stop = max(0, start - _BLOCK_BYTES), start
+                file.seek(start)
+                lines = (file.read(stop - start) + rest).splitlines(keepends=True)
+                rest = lines.pop(0) if start > 0 else b""  # its beginning is in the block before
+                for line in reversed(lines):
+                    is_torn = is_torn and not _is_whole(line)
+                    if not is_torn:
+                        yield end, line
+                    end -= len(line)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise file_error(error, path, "read") from error
+
+
 def cut_torn_tail(path: Path) -> int:
     """Cuts what a crash left half written at the end of a JSON-lines file; returns how many bytes that were."""
     if not path.exists():
         return 0
-    whole = b"".join(read_lines(path))
-    torn = path.stat().st_size - len(whole)
+    whole = next((end for end, _ in lines_backwards(path)), 0)
+    torn = path.stat().st_size - whole
     if torn:
-        publish(path, whole)
+        keep_first(path, whole)
     return torn
+
+
+def keep_first(path: Path, num_bytes: int) -> None:
+    """Publishes a file's first bytes in its place.
+
+    Raises:
+        RunError: it cannot be read or written.
+    """
+    try:
+        with path.open("rb") as file:
+            kept = file.read(num_bytes)
+    except OSError as error:
+        raise file_error(error, path, "read") from error
+    publish(path, kept)
 
 
 def read_json(path: Path) -> Any:

@@ -68,6 +68,7 @@ def _slurm_ranks(found: Mapping[str, str]) -> Ranks:
         local_world_size=_tasks_here(found),
         address=found.get("MASTER_ADDR") or first_host(_text(found, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")),
         port=_number(found, "MASTER_PORT", default=_slurm_port(found), least=1, most=65535),
+        is_port_ours=not found.get("MASTER_PORT"),
     )
 
 

@@ -230,13 +230,17 @@ class RunDirectory:
         files.append_line(self.path / "timing.jsonl", record)
 
     def truncate_metrics(self, iteration: int) -> int:
-        """Drops the lines of metrics.jsonl that belong to an iteration after `iteration`; returns how many."""
+        """Drops the lines at the end of metrics.jsonl that are of an iteration after `iteration`; returns how many."""
         path = self.path / "metrics.jsonl"
-        lines = files.read_lines(path)
-        kept = [line for number, line in enumerate(lines, 1) if _iteration(line, number, path) <= iteration]
-        if len(kept) < len(lines):
-            files.publish(path, b"".join(kept))
-        return len(lines) - len(kept)
+        num_cut, kept_bytes = 0, 0
+        for end, line in files.lines_backwards(path):
+            if _iteration(line, end, path) <= iteration:
+                kept_bytes = end
+                break
+            num_cut += 1
+        if num_cut:
+            files.keep_first(path, kept_bytes)
+        return num_cut
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Publishes result.json."""
@@ -339,10 +343,12 @@ class RunDirectory:
         files.publish(path, config_yaml.encode())
 
 
-def _iteration(line: bytes, number: int, path: Path) -> int:
+def _iteration(line: bytes, end: int, path: Path) -> int:
+    """Of a line that ends at byte `end` of the file."""
     try:
         return int(json.loads(line)["iteration"])
     except (ValueError, KeyError, TypeError) as error:
+        number = path.read_bytes()[:end].count(b"\n")
         raise RunError(f"{path} line {number} has no iteration; restore the file, or use another run= name") from error
 
 

@@ -3,6 +3,9 @@
 The kernel drops the lock when its holder dies, however it dies, so a file that a dead process left is no obstacle. The
 file is never removed or replaced: a lock belongs to the inode, and two inodes would be two locks. Its text (pid, host,
 since) is for people only. On NFS the lock holds across machines.
+
+Who finds it held is refused, but for a job of Slurm's, which waits: jobs outlive the command that waited for them, and
+the same command, given again, sends them again.
 """
 
 from __future__ import annotations
@@ -10,21 +13,26 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 from dual_policy_plugin.errors import RunError
 from dual_policy_plugin.files import file_error
+from dual_policy_plugin.heartbeat import beat
 
 _WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
+_AGAIN_S = 1.0  # between two looks of who waits
 _held: set[int] = set()
 """Descriptors of the locks that this process holds."""
+_logger = logging.getLogger(__name__)
 
 
 def lock_run(folder: Path, since: float) -> int:
-    """Takes the lock of the run at `folder`; returns the descriptor that holds it.
+    """Takes the lock of the run at `folder`, in a job of Slurm's once it is free; returns the descriptor that holds it.
 
     Args:
         folder: the run's directory.
@@ -61,7 +69,9 @@ def unlock_run(descriptor: int) -> None:
 
 
 def check_unlocked(folder: Path) -> None:
-    """Makes sure that no live process has the run at `folder`; a run that never began has none.
+    """Makes sure that no live process has the run at `folder`, or waits in a job of Slurm's until none has.
+
+    A run that never began has none.
 
     Raises:
         RunError: one has.
@@ -81,7 +91,7 @@ def check_unlocked(folder: Path) -> None:
 
 def _lock(descriptor: int, path: Path) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _take(descriptor, path)
     except BlockingIOError as error:
         raise RunError(
             f"{path.parent} is in use by {_holder(descriptor)}; wait for it, end it, or use another run= name"
@@ -93,6 +103,23 @@ def _lock(descriptor: int, path: Path) -> None:
                 f"set train_dir= to another disk"
             ) from error
         raise
+
+
+def _take(descriptor: int, path: Path) -> None:
+    """Takes the lock, or raises what the system says; in a job of Slurm's it waits for whoever has it."""
+    is_said = False
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
+                raise
+        if not is_said:
+            _logger.warning("%s is in use by %s; this job waits until it ends", path.parent, _holder(descriptor))
+            is_said = True
+        beat()
+        time.sleep(_AGAIN_S)
 
 
 def _holder(descriptor: int) -> str:

@@ -13,6 +13,7 @@ The files of a saved state are held open when it is saved, so what is sent fits 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -23,14 +24,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from dual_policy_plugin.errors import RunError, StorageError
-from dual_policy_plugin.heartbeat import beat
 from dual_policy_plugin.mirror.lease import Lease
-from dual_policy_plugin.mirror.listing import FileList, read_list
-from dual_policy_plugin.mirror.places import FolderPlace, Place, open_place
+from dual_policy_plugin.mirror.listing import GROWING_NAMES, FileList, join_pieces, read_list
+from dual_policy_plugin.mirror.places import FolderPlace, Outdated, Place, open_place
 from dual_policy_plugin.mirror.transfer import (
     RESULT_NAME,
     Key,
-    Outdated,
     Snapshot,
     fetch_files,
     send_snapshot,
@@ -41,7 +40,6 @@ from dual_policy_plugin.run_lock import check_unlocked
 _LAST_TRIES = 3
 """At the end of a run, each with the attempts of every request."""
 _JOIN_S = 1.0
-_BEAT_S = 1.0
 _logger = logging.getLogger(__name__)
 
 
@@ -96,12 +94,13 @@ class RunMirror:
             place.clean_up()
             listed = read_list(place)
             before = time.monotonic()
-            if fetch_files(place, listed, folder):
+            found = copy.deepcopy(listed)  # `listed` keeps what an owner that was replaced may still have on its way
+            if fetch_files(place, found, folder):
                 _logger.info(
                     "%s continues from its mirror %s: iteration %d, %d files in %.1f s",
-                    folder, place.where, listed.newest_iteration(), len(listed.contents), time.monotonic() - before,
+                    folder, place.where, found.newest_iteration(), len(found.contents), time.monotonic() - before,
                 )  # fmt: skip
-            elif listed.newest_iteration() >= 0:
+            elif found.newest_iteration() >= 0:
                 _logger.info("%s has all that its mirror %s has, and continues from itself", folder, place.where)
         except BaseException:
             lease.release()
@@ -124,6 +123,8 @@ class RunMirror:
     def wait(self, timeout_s: float = math.inf) -> bool:
         """Waits until nothing is being sent; whether all that was handed over has arrived.
 
+        What is sent gives the signs of life meanwhile, so that a storage that hangs is no life.
+
         Raises:
             RunError: another machine has taken the run over.
         """
@@ -133,8 +134,7 @@ class RunMirror:
                 left_s = end - time.monotonic()
                 if left_s <= 0:
                     return False
-                self._changed.wait(min(left_s, _BEAT_S))
-                beat()
+                self._changed.wait(min(left_s, threading.TIMEOUT_MAX))
         self._raise_lost()
         return self._error is None
 
@@ -173,11 +173,10 @@ class RunMirror:
             self._is_ended = True
             self._drop_wanted()
             self._changed.notify_all()
+        self._lease.end()
         self._thread.join(_JOIN_S)
-        if self._thread.is_alive() or isinstance(self._error, StorageError):
-            self._lease.abandon()  # an object of ours may be on its way: the next process has to wait
-        else:
-            self._lease.release()
+        if not self._thread.is_alive() and not isinstance(self._error, StorageError):
+            self._lease.release()  # else an object of ours may be on its way: the next process has to wait
 
     def __enter__(self) -> Self:
         """The open mirror."""
@@ -200,12 +199,6 @@ class RunMirror:
         if self._lease.lost:
             raise RunError(self._lease.lost)
 
-    def _check(self) -> None:
-        """Raises where nothing may be written any more."""
-        if self._is_ended:
-            raise Outdated
-        self._lease.check()
-
     def _send_wanted(self) -> None:
         """What the thread does."""
         while True:
@@ -216,7 +209,7 @@ class RunMirror:
                     return
                 self._is_sending = True
             try:
-                send_snapshot(self._place, self._listed, snapshot, self._sent, self._check)
+                send_snapshot(self._place, self._listed, snapshot, self._sent, self._lease)
                 error: RunError | None = None
             except Outdated:
                 error = RunError(f"{self._place.where}: not all files were sent")
@@ -238,8 +231,13 @@ def read_mirrored(sync_uri: str, run: str, name: str) -> bytes | None:
     Raises:
         RunError: the storage refuses, or cannot be reached (StorageError).
     """
-    found = open_place(sync_uri, run).get(name)
-    return None if found is None else found.data
+    place = open_place(sync_uri, run)
+
+    def get(part: str) -> bytes | None:
+        found = place.get(part)
+        return None if found is None else found.data
+
+    return join_pieces(name, get) if name in GROWING_NAMES else get(name)
 
 
 def read_result(sync_uri: str, run: str) -> dict[str, Any] | None:

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -201,6 +203,58 @@ def test_a_torn_last_line_is_cut(tmp_path: Path, torn: bytes) -> None:
     assert path.read_bytes() == whole
     assert files.cut_torn_tail(path) == 0
     assert files.cut_torn_tail(tmp_path / "absent") == 0
+
+
+@pytest.mark.parametrize("block_bytes", [1, 3, 17, 64, 1000])
+def test_lines_backwards_are_those_of_the_file(
+    tmp_path: Path, block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_BLOCK_BYTES", block_bytes)
+    path = tmp_path / "m.jsonl"
+    assert list(files.lines_backwards(path)) == []
+    for num in range(8):
+        lines = [json.dumps({"iteration": i, "x": "y" * (i * 7 % 40)}).encode() + b"\n" for i in range(num)]
+        for torn in (b"", b'{"iterat', b"\0" * 40 + b"\n", b'{"a": 1\n{"b"\n{"c": 3}'):
+            path.write_bytes(b"".join(lines) + torn)
+            found = list(files.lines_backwards(path))
+            assert [line for _, line in found] == lines[::-1] == files.read_lines(path)[::-1]
+            assert [end for end, _ in found] == [len(b"".join(lines[: i + 1])) for i in reversed(range(num))]
+
+
+def test_of_a_long_file_the_end_is_read(tmp_path: Path) -> None:
+    """One of 2**40 bytes, which no memory holds."""
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b"")
+    os.truncate(path, 1 << 40)
+    with path.open("ab") as file:
+        file.write(b'\n{"iteration": 1}\n{"iteration": 2}\n')
+    assert next(files.lines_backwards(path)) == ((1 << 40) + 35, b'{"iteration": 2}\n')
+    assert files.cut_torn_tail(path) == 0
+    assert path.stat().st_size == (1 << 40) + 35
+
+
+def test_a_lock_is_held_while_a_file_takes_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    seen: list[bytes | None] = []
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        seen.append(path.read_bytes() if path.exists() else None)
+        yield
+        seen.append(path.read_bytes())
+
+    files.publish(path, b"x", around=around())
+    assert seen == [None, b"x"]
+
+    @contextmanager
+    def refuse() -> Iterator[None]:
+        raise RunError("not yours")
+        yield
+
+    with pytest.raises(RunError, match="not yours"):
+        files.publish(path, b"y", around=refuse())
+    assert path.read_bytes() == b"x"
+    assert [one.name for one in tmp_path.iterdir()] == ["a"]
 
 
 def test_read_json_says_what_is_wrong(tmp_path: Path) -> None:

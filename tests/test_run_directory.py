@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import pytest
 from dual_policy_plugin import run_directory
 from dual_policy_plugin.errors import RunError
 from dual_policy_plugin.run_directory import RunDirectory
+from dual_policy_plugin.run_lock import check_unlocked
 
 CONFIG = """
 run: first
@@ -97,6 +100,28 @@ def test_a_second_live_process_is_refused_and_a_dead_one_is_no_obstacle(tmp_path
     with open_run(tmp_path) as run:
         assert not run.is_new
         assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_job_of_slurms_waits_for_the_process_that_has_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And shows signs of life while it waits, for whoever watches it."""
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("DUAL_POLICY_HEARTBEAT", str(tmp_path / "beat"))
+    monkeypatch.setattr("dual_policy_plugin.heartbeat._last", -math.inf)
+    monkeypatch.setattr("dual_policy_plugin.run_lock._AGAIN_S", 0.1)
+    with start_holder(tmp_path / "run") as holder:
+        end = threading.Timer(0.5, holder.kill)
+        end.start()
+        check_unlocked(tmp_path / "run")
+        assert holder.wait() == -signal.SIGKILL
+        end.join()
+        open_run(tmp_path / "run").close()
+    assert (tmp_path / "beat").exists()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}/run is in use by process {holder.pid} on {socket.gethostname()} since 1970-01-01T00:00:00+00:00; "
+        "this job waits until it ends"
+    ]
 
 
 def test_the_lock_is_given_back_by_close_and_by_a_refusal(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,16 +27,17 @@ import pytest
 import safetensors.numpy
 
 import dual_policy_plugin.train as program
+from dual_policy_plugin import files, heartbeat
 from dual_policy_plugin.cli import main
 from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.config import TrainerConfig
 from dual_policy_plugin.errors import ConfigError, RunError, StorageError
 from dual_policy_plugin.mirror import lease as lease_module
-from dual_policy_plugin.mirror import places
-from dual_policy_plugin.mirror.lease import OWNER_NAME, Lease
+from dual_policy_plugin.mirror import listing, places, transfer
+from dual_policy_plugin.mirror.lease import Lease
 from dual_policy_plugin.mirror.listing import LIST_NAME, STATE_NAME, read_list
-from dual_policy_plugin.mirror.places import Place, open_place
-from dual_policy_plugin.mirror.transfer import MAX_HELD, saved_iteration, take_snapshot
+from dual_policy_plugin.mirror.places import OWNER_NAME, Place, open_place
+from dual_policy_plugin.mirror.transfer import MAX_HELD, fetch_files, saved_iteration, take_snapshot
 from dual_policy_plugin.npc.sources import s3_client
 from dual_policy_plugin.npc.sources.http import Retries
 from dual_policy_plugin.run_directory import RunDirectory
@@ -126,10 +128,16 @@ def send(mirror: RunMirror) -> bool:
     return mirror.wait()
 
 
+def write(place: Place, name: str, data: bytes) -> None:
+    """Writes an object, whatever stands there and whoever has the lease."""
+    found = place.get(name)
+    assert place.swap(name, data, found.version if found else None) is not None
+
+
 def owner(sync_uri: str, **note: Any) -> None:
     """Puts a lease there, as a process of another machine has it."""
     other = {"id": "other", "host": "far", "pid": 7, "process": "boot ns 7 1", "length_s": 90.0, "is_held": True}
-    open_place(sync_uri, RUN).put(OWNER_NAME, json.dumps(other | note).encode())
+    write(open_place(sync_uri, RUN), OWNER_NAME, json.dumps(other | note).encode())
 
 
 def owner_note(sync_uri: str) -> dict[str, Any]:
@@ -441,14 +449,14 @@ def check_harm(tmp_path: Path, sync_uri: str, place: Place, name: str, harm: str
     assert found is not None
     place.delete(name)
     if harm == "damaged":
-        place.put(name, found.data[:-3] + b"bad")
+        write(place, name, found.data[:-3] + b"bad")
     with pytest.raises(RunError, match=f"{name} is {harm}") as info:
         mirror_of(tmp_path / "b", sync_uri)
     assert info.value.exit_code == 2
     assert "\n" not in str(info.value)
     assert saved_iteration(tmp_path / "b" / RUN / STATE_NAME) == -1
     assert not owner_note(sync_uri)["is_held"]
-    place.put(name, found.data)
+    write(place, name, found.data)
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/evil", "state/../../evil", ".evil", "run.lock", "a/b", ""])
@@ -460,7 +468,7 @@ def test_names_lead_nowhere_else(tmp_path: Path, name: str) -> None:
     place = open_place(sync_uri, RUN)
     listed = json.loads(place.get(LIST_NAME).data)  # type: ignore[union-attr]
     listed["contents"][name] = listed["contents"]["metrics.jsonl"]
-    place.put(LIST_NAME, json.dumps(listed).encode())
+    write(place, LIST_NAME, json.dumps(listed).encode())
     with pytest.raises(RunError, match=r"files\.json is damaged"):
         mirror_of(tmp_path / "b", sync_uri)
 
@@ -602,6 +610,252 @@ def test_of_two_that_want_it_at_once_one_gets_it(sync_uri: str, short: float) ->
     assert not first._write(version, is_held=True)
 
 
+class Hang:
+    """Holds up one write of the process that has the mirror now, until it is let go."""
+
+    def __init__(self, sync_uri: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_met, self.go_on = threading.Event(), threading.Event()
+        client = s3_client.client()
+        real = client.put_object if sync_uri == PREFIX else files.publish
+
+        def held(*args: Any, **words: Any) -> Any:
+            where = str(args[0]) if args else f"/mount/{words['Key']}"
+            if "/mount/" in where and where.endswith(f"/{name}") and not self.is_met.is_set():
+                self.is_met.set()
+                assert self.go_on.wait(20.0)
+            return real(*args, **words)
+
+        if sync_uri == PREFIX:
+            monkeypatch.setattr(client, "put_object", held)
+        else:
+            monkeypatch.setattr(places.files, "publish", held)
+
+
+@pytest.mark.parametrize("name", [LIST_NAME, "checkpoints/model_0001.safetensors", "metrics.jsonl", STATE_NAME])
+def test_a_write_that_comes_too_late_is_refused(
+    tmp_path: Path, sync_uri: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hangs in a write that it may do when it begins it; B takes over; what A writes then must not land."""
+    with mirror_of(tmp_path / "a", sync_uri) as mirror, open_run(tmp_path / "a") as run:
+        save(run, 0)
+        assert send(mirror)
+        hang = Hang(sync_uri, name, monkeypatch)
+        save(run, 1)
+        mirror.advance()
+        assert hang.is_met.wait(10.0)
+        open_place(sync_uri, RUN).delete(OWNER_NAME)  # it has been silent for long
+        with mirror_of(tmp_path / "b", sync_uri) as other, open_run(tmp_path / "b") as second:
+            second.append_timing({"iteration": "other"})
+            save(second, 1)
+            second.append_metrics({"iteration": 2, "x": "other"})
+            second.save_checkpoint(1, b"other weights", score=1.0)
+            save(second, 2)
+            assert send(other)
+            here = bytes_of(second.path)
+            hang.go_on.set()
+            with pytest.raises(RunError, match=r"was taken over by process .* nothing more is written there"):
+                mirror.wait()
+    with mirror_of(tmp_path / "c", sync_uri), open_run(tmp_path / "c") as third:
+        assert bytes_of(third.path) == here
+    if sync_uri != PREFIX:
+        assert not list((tmp_path / "mount").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", [LIST_NAME, "checkpoints/model_0001.safetensors", "metrics.jsonl", STATE_NAME])
+def test_a_late_write_before_the_next_owner_writes_is_one_of_the_possible(
+    tmp_path: Path, bucket: S3Server, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 lets it land, as nobody has replaced what it replaces; whoever reads it then knows it from the list."""
+    with mirror_of(tmp_path / "a") as mirror, open_run(tmp_path / "a") as run:
+        save(run, 0)
+        assert send(mirror)
+        hang = Hang(PREFIX, name, monkeypatch)
+        save(run, 1)
+        mirror.advance()
+        assert hang.is_met.wait(10.0)
+        open_place(PREFIX, RUN).delete(OWNER_NAME)
+        with mirror_of(tmp_path / "b") as other, open_run(tmp_path / "b") as second:
+            (second.path / "npc.lock.json").write_bytes(b"{}")
+            assert send(other)  # it has all but this, so nothing of the rest has other bytes
+            hang.go_on.set()
+            with pytest.raises(RunError, match="was taken over by process"):
+                mirror.wait()
+            read_all(tmp_path / "between")
+            save(second, 1)
+            save(second, 2)
+            assert send(other)
+            assert objects(bucket) == bytes_of(second.path)
+    with mirror_of(tmp_path / "c"), open_run(tmp_path / "c") as third:
+        assert bytes_of(third.path) == bytes_of(tmp_path / "b" / RUN)
+
+
+def read_all(folder: Path) -> None:
+    """Fetches the run, as a third machine would, while another one has it."""
+    place = open_place(PREFIX, RUN)
+    assert fetch_files(place, read_list(place), folder)
+
+
+def test_the_lease_is_looked_at_before_every_attempt(
+    tmp_path: Path, bucket: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with mirror_of(tmp_path) as mirror, open_run(tmp_path) as run:
+        save(run, 0)
+        assert send(mirror)
+        save(run, 1)
+
+        def sleep(_: float) -> None:  # between two attempts
+            owner(PREFIX)
+            mirror._lease._written -= 2 * lease_module.LEASE_S
+
+        monkeypatch.setattr(places.time, "sleep", sleep)
+        bucket.faults.add(f"PUT /{MIRRORED}metrics", "status:503", times=1)
+        mirror.advance()
+        with pytest.raises(RunError, match="was taken over by process 7 on far"):
+            mirror.wait()
+        assert bucket.count(f"PUT /{MIRRORED}metrics") == 2  # of state 0, and the one that failed
+
+
+def test_a_write_whose_answer_is_lost_is_ours(tmp_path: Path, bucket: S3Server) -> None:
+    with mirror_of(tmp_path) as mirror, open_run(tmp_path) as run:
+        for epoch in range(3):
+            save(run, epoch)
+            bucket.faults.add(f"PUT /{MIRRORED}metrics", "lost", times=1)
+            bucket.faults.add(f"PUT /{MIRRORED}mirror/files", "lost", times=1)
+            assert send(mirror)
+        assert objects(bucket) == bytes_of(run.path)
+        listed = read_list(open_place(PREFIX, RUN))
+        assert all(listed.sure(name) for name in listed.contents)
+    assert len(bucket.faults.fired) == 6
+
+
+def test_a_machine_that_sleeps_knows_how_long(tmp_path: Path, sync_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """time.monotonic stands still meanwhile."""
+    slept, real = [0.0], time.clock_gettime
+
+    def clock(which: int) -> float:
+        return real(which) + (slept[0] if which == time.CLOCK_BOOTTIME else 0.0)
+
+    monkeypatch.setattr(time, "clock_gettime", clock)
+    lease = Lease(open_place(sync_uri, RUN))
+    lease.take()
+    owner(sync_uri)
+    lease.check()  # renewed a moment ago
+    slept[0] = lease_module.LEASE_S + 1
+    with pytest.raises(RunError, match="was taken over by process 7 on far"):
+        lease.check()
+    lease.end()
+
+
+def test_waiting_for_a_write_that_hangs_is_no_sign_of_life(
+    tmp_path: Path, sync_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "_EVERY_S", 0.0)
+    with mirror_of(tmp_path, sync_uri) as mirror, open_run(tmp_path) as run:
+        save(run, 0)
+        hang = Hang(sync_uri, "metrics.jsonl", monkeypatch)
+        mirror.advance()
+        assert hang.is_met.wait(10.0)
+        before = heartbeat.last_beat()
+        assert not mirror.wait(1.5)
+        assert heartbeat.last_beat() == before
+        hang.go_on.set()
+        assert mirror.wait()
+        assert heartbeat.last_beat() > before
+
+
+def test_each_part_of_a_large_file_that_has_gone_is_a_sign_of_life(
+    tmp_path: Path, bucket: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beats: list[float] = []
+    monkeypatch.setattr(places, "beat", lambda: beats.append(time.monotonic()))
+    with mirror_of(tmp_path) as mirror, open_run(tmp_path) as run:
+        save(run, 0)
+        assert send(mirror)
+        num = len(beats)
+        run.save_checkpoint(1, bytes(8 << 20))
+        assert send(mirror)
+    assert len(beats) - num > 50
+
+
+# files that grow
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Pieces of 100 bytes; gives that."""
+    monkeypatch.setattr(listing, "PIECE_BYTES", 100)
+    monkeypatch.setattr(transfer, "PIECE_BYTES", 100)
+    return 100
+
+
+def test_of_a_long_file_only_the_end_is_sent(tmp_path: Path, bucket: S3Server, pieces: int) -> None:
+    with mirror_of(tmp_path) as mirror, open_run(tmp_path) as run:
+        for epoch in range(30):
+            save(run, epoch, has_checkpoint=epoch == 0)
+        assert send(mirror)
+        metrics = (run.path / "metrics.jsonl").read_bytes()
+        num = len(metrics) // pieces
+        assert num == 8
+        there = objects(bucket)
+        names = ["metrics.jsonl", *(f"metrics.jsonl.{number:04d}" for number in range(1, num + 1))]
+        assert sorted(name for name in there if "metrics" in name) == names
+        assert [len(there[name]) for name in names] == [pieces] * num + [len(metrics) % pieces]
+        assert b"".join(there[name] for name in names) == metrics
+        first = len(bucket.exchanges)
+        save(run, 30, has_checkpoint=False)
+        assert send(mirror)
+        assert [name for name in writes(bucket, first) if "metrics" in name] == names[-1:]
+        assert read_mirrored(PREFIX, RUN, "metrics.jsonl") == (run.path / "metrics.jsonl").read_bytes()
+        first = len(bucket.exchanges)
+        run.append_timing({"iteration": 31})
+        assert send(mirror)
+        assert not [name for name in writes(bucket, first) if "metrics" in name]
+
+
+def test_the_pieces_come_back_as_one_file(tmp_path: Path, sync_uri: str, pieces: int) -> None:
+    with mirror_of(tmp_path / "a", sync_uri) as mirror, open_run(tmp_path / "a") as run:
+        for epoch in range(40):
+            save(run, epoch, has_checkpoint=epoch % 20 == 0)
+        assert send(mirror)
+        here = bytes_of(run.path)
+    with mirror_of(tmp_path / "b", sync_uri) as mirror, open_run(tmp_path / "b") as run:
+        assert bytes_of(run.path) == here
+        assert run.truncate_metrics(10) == 29  # cut back beyond pieces
+        assert send(mirror)
+        kept = (run.path / "metrics.jsonl").read_bytes()
+        assert len(kept) == 11 * len('{"iteration": 1, "x": 0.5}\n') + 1
+        assert read_mirrored(sync_uri, RUN, "metrics.jsonl") == kept
+        assert open_place(sync_uri, RUN).get("metrics.jsonl.0004") is None
+        for epoch in range(11, 41):
+            save(run, epoch, has_checkpoint=False)
+        (run.path / "metrics.jsonl.0001").write_bytes(b"a copy of a mirror has such a file; it is no part of a run")
+        assert send(mirror)
+        here = bytes_of(run.path)
+        del here["metrics.jsonl.0001"]
+    with mirror_of(tmp_path / "c", sync_uri), open_run(tmp_path / "c") as run:
+        assert bytes_of(run.path) == here
+
+
+def test_a_piece_counts_where_the_one_before_it_is_full(tmp_path: Path, bucket: S3Server, pieces: int) -> None:
+    """Cut back, and broken off before the pieces behind it were removed."""
+    with mirror_of(tmp_path / "a") as mirror, open_run(tmp_path / "a") as run:
+        save(run, 0)
+        save(run, 1)
+        for iteration in range(2, 12):
+            run.append_metrics({"iteration": iteration, "x": 0.5})
+        assert send(mirror)
+        assert run.truncate_metrics(1) == 10
+        save(run, 2, has_checkpoint=False)
+        kept = (run.path / "metrics.jsonl").read_bytes()
+        bucket.faults.add(f"PUT /{MIRRORED}{STATE_NAME}", "reset", times=None)
+        assert not send(mirror)
+        bucket.faults.clear()
+        assert open_place(PREFIX, RUN).get("metrics.jsonl.0001") is not None
+    open_place(PREFIX, RUN).delete(OWNER_NAME)
+    with mirror_of(tmp_path / "b"), open_run(tmp_path / "b") as run:
+        assert (run.path / "metrics.jsonl").read_bytes() == kept
+
+
 # what cannot be
 
 
@@ -670,7 +924,7 @@ def test_a_launcher_reads_results(tmp_path: Path, sync_uri: str) -> None:
         mirror.finish()
     assert read_result(sync_uri, RUN) == {"objective": 0.25}
     assert read_mirrored(sync_uri, RUN, "timing.jsonl") == b'{"iteration": 0}\n'
-    open_place(sync_uri, RUN).put("result.json", b"[1")
+    write(open_place(sync_uri, RUN), "result.json", b"[1")
     with pytest.raises(RunError, match=r"result\.json of team/exp .* is damaged"):
         read_result(sync_uri, RUN)
 
@@ -707,11 +961,14 @@ def lose_machines(sync_uri: str, folder: Path) -> None:
         state, num_more = machine / "pool" / STATE_NAME, order.randint(1, 5)
         while (before := saved_iteration(state)) < 0:
             time.sleep(0.005)
-        while saved_iteration(state) < before + num_more and os.waitpid(child, os.WNOHANG) == (0, 0):
+        has_ended = False
+        while saved_iteration(state) < before + num_more and not has_ended:
             time.sleep(0.005)
+            has_ended = os.waitpid(child, os.WNOHANG) != (0, 0)
         time.sleep(order.random() * 0.05)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        if not has_ended:  # the last one may have done all that was left
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
         print("LOST", before, saved_iteration(state), flush=True)
         shutil.rmtree(machine)
     train_here(folder / "last", f"trainer.sync_uri={sync_uri}")

@@ -48,6 +48,7 @@ def launch_sky(words: list[str], main: Main) -> int:
     from dual_policy_plugin.launch.preflight import npc_table
     from dual_policy_plugin.launch.sky_task import TaskOptions
 
+    sky_sdk.check_infra(args.infra)
     checkout = read_checkout(Path.cwd(), git_ref=args.git_ref, skip_check=args.skip_git_check)
     sky_launch.check_folder(checkout)
     options = TaskOptions(

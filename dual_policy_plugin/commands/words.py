@@ -62,7 +62,15 @@ def parse_words(
     """The parsed words, with a ConfigError in place of argparse's usage text and exit; flags anywhere if `is_mixed`."""
 
     def fail(message: str) -> NoReturn:
-        raise ConfigError(f"{message}; {hint or f'see `{parser.prog} --help`'}")
+        what, near = "unrecognized arguments: ", ""
+        unknown = [word for word in message.removeprefix(what).split(" ") if word.startswith("-") and word in words]
+        if message.startswith(what) and unknown:  # behind one argparse names words that it could have read
+            message = what + " ".join(unknown)
+            options = parser._option_string_actions
+            near = "".join(
+                f"did you mean {one}? " for one in difflib.get_close_matches(unknown[0].partition("=")[0], options, n=1)
+            )
+        raise ConfigError(f"{message}; {near}{hint or f'see `{parser.prog} --help`'}")
 
     parser.error = fail  # type: ignore[method-assign]
     return parser.parse_intermixed_args(words) if is_mixed else parser.parse_args(words)

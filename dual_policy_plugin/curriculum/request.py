@@ -54,6 +54,8 @@ class SweepRequest:
     """Runs jobs that are numbered from the second argument on; gives their JobReturns."""
     launcher: str
     """The launcher's name."""
+    is_patient: bool = False
+    """Whether a job of the launcher's waits for another process that has its run, instead of failing."""
 
     @property
     def lock(self) -> Path:

@@ -143,8 +143,9 @@ def _run_attempt(request: SweepRequest, state: SweepState) -> None:
             job.status = "planned"  # all failed: what was wrong is mended by now, or they fail again
     trouble: Exception | None = None
     planned = [job for job in jobs if job.status == "planned"]
-    for job in planned:
-        check_unlocked(request.folder / str(job.num))  # a cluster's jobs outlive a sweeper that was killed
+    if not request.is_patient:
+        for job in planned:
+            check_unlocked(request.folder / str(job.num))  # a launcher's jobs may outlive a sweeper that was killed
     for batch in split_batches(planned, request.settings.max_batch_size):
         error = launch_batch(request, batch)
         _collect(request, state, batch, error)

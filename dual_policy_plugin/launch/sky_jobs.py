@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 Outcome = dict[str, Any] | DualPolicyError | None
 """What a job came to: its result, its error, or None where it succeeded and left no result."""
+Collect = Callable[["SkyJob", str | None], dict[str, Any] | None]
+"""Fetches a job's result; None where it left none, or the one with this digest, which stood there before."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -44,6 +46,8 @@ class SkyJob:
     """What the user said of it; a job with other words is another job."""
     make_task: Callable[[], dict[str, Any]]
     """Gives SkyPilot's task, with the keys that it needs."""
+    before: str | None = None
+    """Digest of the result that stands in its storage already; None: there is none."""
 
 
 def run_jobs(
@@ -51,7 +55,7 @@ def run_jobs(
     record: Record,
     settings: SkyLauncherConfig,
     *,
-    collect: Callable[[SkyJob], dict[str, Any] | None],
+    collect: Collect,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[int, Outcome]:
     """Brings all jobs to an end and gives what each came to, by its number.
@@ -63,7 +67,7 @@ def run_jobs(
         jobs: in the order of their launch.
         record: of the sweep.
         settings: of the launcher.
-        collect: fetches a job's result; None where it left none.
+        collect: fetches a job's result.
         sleep: between two looks at the queue, seconds.
 
     Raises:
@@ -132,7 +136,7 @@ def _launch(job: SkyJob, record: Record, settings: SkyLauncherConfig) -> SkyJob:
     digest = digest_words(job.run, job.words)
     is_unborn = before is not None and before.status == GONE and before.job is None and before.digest == digest
     attempt = 1 if before is None else before.attempt + (not is_unborn)
-    entry = Entry(name=job_name(job.run, digest, attempt), digest=digest, attempt=attempt)
+    entry = Entry(name=job_name(job.run, digest, attempt), digest=digest, attempt=attempt, before=job.before)
     task = {**job.make_task(), "name": entry.name}
     record.entries[job.num] = entry
     record.publish()
@@ -157,30 +161,36 @@ def _ended(
     """Statuses of the jobs that have ended; comes back when one has, at the latest after `poll_s`."""
     known = {num: record.entries[num] for num in active}
     ended = {num: entry.status for num, entry in known.items() if entry.status is not None}
-    ids = {entry.job: num for num, entry in known.items() if entry.status is None and entry.job is not None}
-    if ended or not ids:
+    jobs = _unended(known.values())
+    if ended or not jobs:
         return ended
     waited, statuses = 0.0, None
     while statuses is None:
         try:
-            statuses = sky_sdk.job_statuses(list(ids), cluster=record.cluster)
+            statuses = sky_sdk.job_statuses(jobs, cluster=record.cluster)
         except LaunchError as error:
             if waited >= UNREACHABLE_S:
                 raise LaunchError(f"{error}; the jobs go on, and the same command finds them again") from error
             log.warning("%s; asking again in %g s", error, poll_s)
             sleep(poll_s)
             waited += poll_s
-    ended = {num: statuses.get(job, GONE) for job, num in ids.items() if statuses.get(job, GONE) in _END}
+    now = {num: statuses.get(entry.name, GONE) for num, entry in known.items() if entry.name in jobs}
+    ended = {num: status for num, status in now.items() if status in _END}
     if not ended:
         sleep(poll_s)
     return ended
+
+
+def _unended(entries: Iterable[Entry]) -> dict[str, int]:
+    """Name -> id of the jobs that have not ended, as far as the record knows."""
+    return {entry.name: entry.job for entry in entries if entry.status is None and entry.job is not None}
 
 
 def _take_results(
     ended: Mapping[int, str],
     active: Mapping[int, SkyJob],
     record: Record,
-    collect: Callable[[SkyJob], dict[str, Any] | None],
+    collect: Collect,
 ) -> Iterator[tuple[int, Outcome]]:
     """What the jobs that ended came to; the record says so afterwards."""
     failed = [record.entries[num].job for num, status in ended.items() if status in sky_sdk.FAILED]
@@ -189,10 +199,12 @@ def _take_results(
         reasons = sky_sdk.failure_reasons([job for job in failed if job is not None], cluster=record.cluster)
     for num, status in ended.items():
         entry = record.entries[num]
-        outcome: Outcome
-        if status == "SUCCEEDED":
-            outcome = collect(active[num])
-        else:
+        outcome: Outcome = None
+        if status in ("SUCCEEDED", GONE):
+            outcome = collect(active[num], entry.before if status == GONE else None)
+        if status == GONE and outcome is not None:
+            status = "SUCCEEDED"  # before the queue forgot it
+        if status != "SUCCEEDED":
             outcome = LaunchError(_failure(num, status, entry, record, reasons.get(entry.job or -1, "")))
             log.warning("%s", outcome)
         entry.status = status
@@ -220,11 +232,13 @@ def _leaving(nums: Sequence[int], record: Record) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        there = [record.entries[num] for num in nums if num in record.entries]
-        entries = [entry for entry in there if entry.status is None]
+        entries = [record.entries[num] for num in nums if num in record.entries]
+        entries = [entry for entry in entries if entry.status is None]
         known = [entry for entry in entries if entry.job is not None]
         if known and _asks_to_cancel(known):
-            sky_sdk.cancel_jobs([entry.job for entry in known if entry.job is not None], cluster=record.cluster)
+            jobs = _unended(known)
+            there = sky_sdk.job_statuses(jobs, cluster=record.cluster)
+            sky_sdk.cancel_jobs([jobs[name] for name in there], cluster=record.cluster)
             for entry in known:
                 entry.status = "CANCELLED"
             record.publish()

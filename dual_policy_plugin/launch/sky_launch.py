@@ -191,11 +191,16 @@ def with_price(launch: SkyLaunch, cost: Cost, number: int) -> SkyLaunch:
 
 
 def task_name(run: str) -> str:
-    """The run's name as SkyPilot takes it for clusters and jobs: letters, digits, `-`, `_`, `.`, a letter first."""
+    """The run's name as SkyPilot takes it for clusters and jobs: letters, digits, `-`, `_`, `.`, a letter first.
+
+    A name that is changed ends in a digest: no other run has it.
+    """
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", run).strip("-._")
-    if len(name) > _MAX_NAME:  # a long name differs at its end: NAME/0, NAME/1
-        name = f"{name[: _MAX_NAME - 9]}-{hashlib.sha256(run.encode()).hexdigest()[:8]}"
-    return name if name[:1].isalpha() else f"run-{name}".strip("-")
+    if name == run and name[:1].isalpha() and len(name) <= _MAX_NAME:
+        return name
+    first = name[: _MAX_NAME - len("run--12345678")].strip("-._")
+    parts = (first if first[:1].isalpha() else f"run-{first}".strip("-"), hashlib.sha256(run.encode()).hexdigest()[:8])
+    return "-".join(parts)
 
 
 def _needed_secrets(config: Config, preflight: Preflight) -> tuple[str, ...]:

@@ -7,8 +7,9 @@ node as its overrides with `run=<run>/<num>`. A job of another Hydra app goes th
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +21,7 @@ from omegaconf import DictConfig, open_dict
 
 from dual_policy_plugin.composition import CONFIG_DIR, refuse_masked_choices, text_override
 from dual_policy_plugin.config_loading import load_config
-from dual_policy_plugin.errors import ConfigError, DualPolicyError, LaunchError
+from dual_policy_plugin.errors import ConfigError, DualPolicyError, LaunchError, RunError
 from dual_policy_plugin.interpolation import hide_variables, keep_requested
 from dual_policy_plugin.launch import preflight, sky_sdk
 from dual_policy_plugin.launch.checkout import Checkout, read_checkout
@@ -42,8 +43,16 @@ MOUNT = "/dual-policy-runs"
 RESULT_NAME = "result.json"
 _LOCAL_KEYS = ("run", "train_dir", "trainer.sync_uri", preflight.LOCK_KEY)
 """Overrides that are about this machine; a node gets its own."""
-_FLAGS = {"--skip-git-check": "skip_git_check=true", "--git-ref": "git_ref", "--gpus": "gpus", "--secret": "secrets"}
+_FLAGS = {
+    "--skip-git-check": f"{KEY}.skip_git_check=true",
+    "--git-ref": f"{KEY}.git_ref",
+    "--gpus": f"{KEY}.gpus",
+    "--infra": f"{KEY}.infra",
+    "--secret": f"{KEY}.secrets",
+}
 """What messages of `dual-policy launch` name, and what it is for a sweep."""
+_STORAGE = {"trainer.sync_uri": f"{KEY}.sync_uri"}
+"""The same for a storage that the launcher was given."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -69,13 +78,14 @@ def prepare_jobs(jobs: Sequence[SweepJob], settings: SkyLauncherConfig) -> list[
     Raises:
         DualPolicyError: one of them cannot run: its config, a policy, a key, the code or the machines asked for.
     """
-    with _sweep_words():
+    with _renamed(_FLAGS):
+        sky_sdk.check_infra(settings.infra)
         checkout = read_checkout(Path.cwd(), git_ref=settings.git_ref, skip_check=settings.skip_git_check)
     prepared: list[SkyJob] = []
     costs: list[Cost] = []  # the machines of all jobs are the same, and asking for their price takes a while
     for job in jobs:
         try:
-            with job_config(job.config), _sweep_words():
+            with job_config(job.config), _renamed(_FLAGS):
                 one = (
                     _prepare_ours(job, settings, checkout, costs)
                     if job.is_ours
@@ -105,12 +115,13 @@ def _prepare_ours(job: SweepJob, settings: SkyLauncherConfig, checkout: Checkout
     refuse_masked_choices()
     config = load_config(keep_requested(_task_config(job.config)))
     run, sync_uri = f"{config.run}/{job.num}", _sync_uri(settings.sync_uri or config.trainer.sync_uri)
-    config = replace(config, run=run, trainer=replace(config.trainer, sync_uri=sync_uri))
-    preflight.check_env(config)
-    preflight.check_logins(config, ())
-    entries = preflight.pin_config(config, begun=preflight.read_begun(config))
-    preflight.check_logins(config, entries)
-    read_mirrored(sync_uri, run, RESULT_NAME)  # stops where the storage cannot be reached
+    with _renamed(_STORAGE if settings.sync_uri else {}):
+        config = replace(config, run=run, trainer=replace(config.trainer, sync_uri=sync_uri))
+        preflight.check_env(config)
+        preflight.check_logins(config, ())
+        entries = preflight.pin_config(config, begun=preflight.read_begun(config))
+        preflight.check_logins(config, entries)
+        before = result_digest(sync_uri, run)
     given = [word for word in job.overrides if word.partition("=")[0].lstrip("+") not in _LOCAL_KEYS]
     given += _search_path(job.config, checkout)
     words = (*given, text_override("run", run), text_override("trainer.sync_uri", sync_uri))
@@ -120,7 +131,9 @@ def _prepare_ours(job: SweepJob, settings: SkyLauncherConfig, checkout: Checkout
     launch = replace(launch, task={**launch.task, "envs": envs})
     if not costs:
         costs.append(estimate_cost([launch]))
-    return _sky_job(job, run, sync_uri, given, partial(fill_secrets, with_price(launch, costs[0], 1)))
+    make_task = partial(fill_secrets, with_price(launch, costs[0], 1))
+    sky_sdk.check_task(make_task())
+    return SkyJob(num=job.num, run=run, sync_uri=sync_uri, words=tuple(given), make_task=make_task, before=before)
 
 
 def _prepare_other(job: SweepJob, settings: SkyLauncherConfig, checkout: Checkout) -> SkyJob:
@@ -131,7 +144,8 @@ def _prepare_other(job: SweepJob, settings: SkyLauncherConfig, checkout: Checkou
         )
     sync_uri = _sync_uri(settings.sync_uri)
     run = str(job.folder).lstrip("./")
-    read_mirrored(sync_uri, run, RESULT_NAME)
+    with _renamed(_STORAGE):
+        before = result_digest(sync_uri, run)
     is_bucket = sync_uri.startswith("s3://")
     where = f"{MOUNT if is_bucket else sync_uri}/{run}"
     given = [*_app_flags(job.config), *job.overrides, *_search_path(job.config, checkout)]
@@ -155,14 +169,18 @@ def _prepare_other(job: SweepJob, settings: SkyLauncherConfig, checkout: Checkou
     def with_secrets() -> dict[str, Any]:
         return {**task, "secrets": dict(task.get("secrets") or {}) | known}
 
-    return _sky_job(job, run, sync_uri, given, with_secrets)
+    sky_sdk.check_task(with_secrets())
+    return SkyJob(num=job.num, run=run, sync_uri=sync_uri, words=tuple(given), make_task=with_secrets, before=before)
 
 
-def _sky_job(
-    job: SweepJob, run: str, sync_uri: str, words: Sequence[str], make_task: Callable[[], dict[str, Any]]
-) -> SkyJob:
-    sky_sdk.check_task(make_task())
-    return SkyJob(num=job.num, run=run, sync_uri=sync_uri, words=tuple(words), make_task=make_task)
+def result_digest(sync_uri: str, run: str) -> str | None:
+    """Names the content of the result.json that stands in the storage; None where there is none.
+
+    Raises:
+        RunError: the storage refuses, or cannot be reached.
+    """
+    data = read_mirrored(sync_uri, run, RESULT_NAME)
+    return None if data is None else hashlib.sha256(data).hexdigest()
 
 
 def _sync_uri(text: str | None) -> str:
@@ -232,12 +250,12 @@ def _task_config(config: DictConfig) -> DictConfig:
 
 
 @contextmanager
-def _sweep_words() -> Iterator[None]:
-    """Messages name the settings of a sweep in place of the flags of `dual-policy launch`."""
+def _renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Messages name the settings of a sweep in place of what the same thing is called elsewhere."""
     try:
         yield
-    except LaunchError as error:
+    except (LaunchError, RunError) as error:
         text = str(error)
-        for flag, name in _FLAGS.items():
-            text = text.replace(flag, f"{KEY}.{name}")
-        raise LaunchError(text) from error
+        for name, own in names.items():
+            text = text.replace(name, own)
+        raise type(error)(text) from error

@@ -35,6 +35,8 @@ class Entry:
     """SkyPilot's id; None: about to be launched."""
     status: str | None = None
     """In which it ended; None: not yet, as far as this sweep has seen."""
+    before: str | None = None
+    """Digest of the result that stood in its storage before it was launched, which is not its own; None: none did."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -95,6 +95,21 @@ def check_task(config: Mapping[str, Any]) -> None:
     _read_task(config)
 
 
+def check_infra(infra: str | None) -> None:
+    """Raises a LaunchError for a place that SkyPilot cannot read; whether the account has it is not asked."""
+    if infra is None:
+        return
+    sky = load_sky()
+    try:
+        with _launch_errors(""):
+            sky.Resources.from_yaml_config({"infra": infra})
+    except LaunchError as error:
+        raise LaunchError(
+            f"--infra={infra} is not possible; use CLOUD, CLOUD/REGION or CLOUD/REGION/ZONE, for example aws or "
+            "gcp/us-central1; `sky check` lists the clouds"
+        ) from error
+
+
 def start_job(config: Mapping[str, Any], name: str) -> int:
     """The id of a new managed job; comes back when the job is in the queue."""
     sky = load_sky()
@@ -125,21 +140,28 @@ def start_cluster(config: Mapping[str, Any], cluster: str, *, down: bool, idle_m
     return int(job)
 
 
-def job_statuses(ids: Collection[int], *, cluster: str | None = None) -> dict[int, str]:
-    """The status of each job by its name (PENDING, RUNNING, SUCCEEDED, ...); jobs that are not known are not there."""
-    if not ids:
+def job_statuses(jobs: Mapping[str, int], *, cluster: str | None = None) -> dict[str, str]:
+    """What the queue says of jobs: name -> status (PENDING, RUNNING, SUCCEEDED, ...).
+
+    A queue that is made anew counts from 1 again, so a job is known by its name and its id together.
+
+    Args:
+        jobs: name -> id; those that the queue does not know are not in the answer.
+        cluster: whose queue; None: the managed jobs'.
+    """
+    if not jobs:
         return {}
     sky = load_sky()
-    wanted = sorted(ids)
     with _launch_errors("the jobs' statuses cannot be had"):
         if cluster is not None:
-            try:
-                found = sky.get(sky.job_status(cluster, job_ids=wanted))
-            except sky.exceptions.ClusterDoesNotExist:  # it has ended, and its queue with it
-                return {}
-            return {int(job): status.value for job, status in found.items() if status is not None}
-        records = _queue(sky, refresh=True, job_ids=wanted)
-    return {int(one["job_id"]): one["status"].value for one in records if one["status"] is not None}
+            records = _cluster_queue(sky, cluster)
+        else:
+            records = _queue(sky, refresh=True, job_ids=sorted(jobs.values()))
+    return {
+        str(one["job_name"]): one["status"].value
+        for one in records
+        if one["status"] is not None and jobs.get(str(one["job_name"])) == int(one["job_id"])
+    }
 
 
 def find_jobs(names: Collection[str], *, cluster: str | None = None) -> dict[str, int]:
@@ -148,10 +170,7 @@ def find_jobs(names: Collection[str], *, cluster: str | None = None) -> dict[str
     with _launch_errors("the jobs cannot be listed"):
         _await_launches(sky, names)
         if cluster is not None:
-            try:
-                records = sky.get(sky.queue(cluster, skip_finished=False))
-            except sky.exceptions.ClusterDoesNotExist:
-                return {}
+            records = _cluster_queue(sky, cluster)
         else:
             try:
                 records = _queue(sky, refresh=False)
@@ -253,6 +272,14 @@ def _queue(sky: Any, *, refresh: bool, job_ids: Sequence[int] | None = None, fie
     )
     records = sky.get(request)
     return list(records[0] if isinstance(records, tuple) else records)  # an older server answers with the list alone
+
+
+def _cluster_queue(sky: Any, cluster: str) -> list[Any]:
+    """Records of all jobs of a cluster; none where it has ended, and its queue with it."""
+    try:
+        return list(sky.get(sky.queue(cluster, skip_finished=False, all_users=True)))
+    except sky.exceptions.ClusterDoesNotExist:
+        return []
 
 
 def _read_task(config: Mapping[str, Any]) -> Any:

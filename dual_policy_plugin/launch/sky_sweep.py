@@ -23,11 +23,12 @@ from dual_policy_plugin.errors import ConfigError, DualPolicyError, LaunchError
 from dual_policy_plugin.interpolation import config_values
 from dual_policy_plugin.launch import sky_sdk
 from dual_policy_plugin.launch.sky_jobs import Outcome, SkyJob, run_jobs
-from dual_policy_plugin.launch.sky_prepare import RESULT_NAME, SweepJob, job_config, prepare_jobs
+from dual_policy_plugin.launch.sky_prepare import RESULT_NAME, SweepJob, job_config, prepare_jobs, result_digest
 from dual_policy_plugin.launch.sky_record import read_record
 from dual_policy_plugin.launch.sky_settings import KEY, load_settings
 from dual_policy_plugin.run_lock import lock_run, unlock_run
 from dual_policy_plugin.run_mirror import read_mirrored, read_result
+from dual_policy_plugin.slurm.errors import remove_sweep
 
 _RETURNED = ("config.yaml", "npc.lock.json", "metrics.jsonl", "timing.jsonl")
 """Files of a run directory that come back with its result and the checkpoint that this names, where they are there."""
@@ -48,16 +49,20 @@ def launch_sweep(
         DualPolicyError: something is wrong that shows before the first launch, or nothing could be launched.
     """
     setup_globals()
-    node: Any = OmegaConf.to_container(config.hydra.launcher, resolve=True)
-    settings = load_settings(node)
-    _refuse_shown(config_values(config.hydra.launcher))
-    sky_sdk.load_sky()
-    jobs = {first + i: _compose(config, context, words, first + i) for i, words in enumerate(overrides)}
-    prepared = prepare_jobs(list(jobs.values()), settings)
     folder = Path(str(config.hydra.sweep.dir))
+    try:
+        node: Any = OmegaConf.to_container(config.hydra.launcher, resolve=True)
+        settings = load_settings(node)
+        _refuse_shown(config_values(config.hydra.launcher))
+        sky_sdk.load_sky()
+        jobs = {first + i: _compose(config, context, words, first + i) for i, words in enumerate(overrides)}
+        prepared = prepare_jobs(list(jobs.values()), settings)
+    except DualPolicyError:
+        remove_sweep(folder)
+        raise
     with _locked(folder):
         record = read_record(folder, settings.cluster)
-        outcomes = run_jobs(prepared, record, settings, collect=lambda one: _fetch(one, jobs[one.num]))
+        outcomes = run_jobs(prepared, record, settings, collect=lambda one, before: _fetch(one, jobs[one.num], before))
     ids = {num: entry.job for num, entry in record.entries.items()}
     return [_job_return(job, context, outcomes[num], ids.get(num)) for num, job in jobs.items()]
 
@@ -82,13 +87,17 @@ def _compose(config: DictConfig, context: HydraContext, overrides: Sequence[str]
     return SweepJob(num=num, overrides=tuple(overrides), config=composed, folder=folder)
 
 
-def _fetch(one: SkyJob, job: SweepJob) -> dict[str, Any] | None:
+def _fetch(one: SkyJob, job: SweepJob, before: str | None) -> dict[str, Any] | None:
     """Brings what a run left in the storage into the job's folder here, its result last; gives the result.
+
+    None where there is no result, or the one whose digest is `before`.
 
     Raises:
         RunError: the result is no JSON object, or something cannot be written here.
         StorageError: the storage cannot be reached.
     """
+    if before is not None and result_digest(one.sync_uri, one.run) == before:
+        return None
     result = read_result(one.sync_uri, one.run)
     if result is None:
         return None

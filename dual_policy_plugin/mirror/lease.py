@@ -20,9 +20,8 @@ from typing import Any
 
 from dual_policy_plugin.errors import RunError, StorageError
 from dual_policy_plugin.heartbeat import beat
-from dual_policy_plugin.mirror.places import Found, Place
+from dual_policy_plugin.mirror.places import OWNER_NAME, Outdated, Place
 
-OWNER_NAME = "mirror/owner.json"
 LEASE_S = 90.0
 """How long an owner may be silent before another machine takes the run over."""
 _JOIN_S = 5.0
@@ -45,7 +44,7 @@ class Lease:
             "length_s": self._length_s,
         }
         self._version: str | None = None
-        self._written = 0.0  # by time.monotonic, when the last renewal that worked was begun
+        self._written = 0.0  # by _now, when the last renewal that worked was begun
         self._num_writes = 0
         self._lost = ""
         self._lock = threading.Lock()
@@ -64,27 +63,40 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Makes sure that the lease is ours now.
+        """Makes sure that the lease is ours, and asks the storage where it may have run out.
 
         Raises:
             RunError: another machine has it.
             StorageError: it ran out, and the storage cannot be reached.
+            Outdated: it is being given back.
         """
-        if time.monotonic() - self._written > self._length_s:
+        if self._ended.is_set():
+            raise Outdated
+        if _now() - self._written > self._length_s:
             self._renew()
         if self._lost:
             raise RunError(self._lost)
 
+    def confirm(self) -> None:
+        """As `check`, and always asks the storage."""
+        self.check()
+        self._renew()
+        self.check()
+
+    def is_owner(self, note: bytes) -> bool:
+        """Whether a mirror/owner.json is ours."""
+        return bool(_read(note).get("id") == self._note["id"])
+
     def release(self) -> None:
         """Gives the lease back, so that the next process need not wait; the storage may be out of reach."""
-        self._ended.set()
+        self.end()
         self._thread.join(_JOIN_S)
         if not self._thread.is_alive() and not self._lost:
             with contextlib.suppress(RunError):
                 self._write(self._version, is_held=False)
 
-    def abandon(self) -> None:
-        """Renews no more: something is still being written, so the next process has to wait."""
+    def end(self) -> None:
+        """Nothing more is written, and the lease renewed no more; without `release` the next process has to wait."""
         self._ended.set()
 
     @property
@@ -95,13 +107,13 @@ class Lease:
     def _replaceable(self) -> str | None:
         """The version of the lease that may be replaced now; None: there is none. Waits for a silent owner."""
         found = first = self._place.get(OWNER_NAME)
-        begun, is_said = time.monotonic(), False
-        while found is not None and first is not None and _is_held(note := _read(found)):
+        begun, is_said = _now(), False
+        while found is not None and first is not None and _is_held(note := _read(found.data)):
             if found.version != first.version:
                 raise RunError(
                     f"{self._place.where} is in use by {_name(note)}; wait for it, end it, or use another run= name"
                 )
-            age_s = max(found.age_s, first.age_s + time.monotonic() - begun)
+            age_s = max(found.age_s, first.age_s + _now() - begun)
             left_s = float(note.get("length_s", self._length_s)) - age_s
             if left_s <= 0:
                 _logger.warning("%s is taken over from %s, silent for %.0f s", self._place.where, _name(note), age_s)
@@ -134,7 +146,7 @@ class Lease:
             if self._lost or self._write(self._version, is_held=True):
                 return
             found = self._place.get(OWNER_NAME)
-            owner = _name(_read(found)) if found is not None else "somebody who removed this run's lease"
+            owner = _name(_read(found.data)) if found is not None else "somebody who removed this run's lease"
             self._lost = (
                 f"{self._place.where} was taken over by {owner}, as this process had been silent for too long; "
                 "nothing more is written there, and the run goes on with the other one"
@@ -145,11 +157,11 @@ class Lease:
         self._num_writes += 1
         data = (json.dumps({**self._note, "renewals": self._num_writes, "is_held": is_held}) + "\n").encode()
         while True:
-            begun = time.monotonic()
+            begun = _now()
             written = self._place.swap(OWNER_NAME, data, version)
             if written is None:
                 found = self._place.get(OWNER_NAME)
-                if found is None or _read(found).get("id") != self._note["id"]:
+                if found is None or not self.is_owner(found.data):
                     return False
                 if found.data != data:  # ours, from a renewal whose answer was lost
                     version = found.version
@@ -159,10 +171,15 @@ class Lease:
             return True
 
 
-def _read(found: Found) -> dict[str, Any]:
+def _now() -> float:
+    """Seconds by a clock that goes on while the machine sleeps, where it has one."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+def _read(data: bytes) -> dict[str, Any]:
     """What a lease says; nothing where it cannot be read, and then it is held by somebody unknown."""
     try:
-        note = json.loads(found.data)
+        note = json.loads(data)
     except ValueError:
         return {}
     return note if isinstance(note, dict) else {}

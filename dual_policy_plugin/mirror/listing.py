@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 from dual_policy_plugin.errors import RunError
@@ -15,8 +16,38 @@ from dual_policy_plugin.mirror.places import Place
 
 LIST_NAME = "mirror/files.json"
 STATE_NAME = "state/training.safetensors"
+GROWING_NAMES = ("metrics.jsonl", "timing.jsonl")
+"""Files that grow by lines, and are otherwise replaced as a whole. They stand in pieces of `PIECE_BYTES`, so that of a
+long one only the end is sent: metrics.jsonl, metrics.jsonl.0001, ..., one behind the other."""
+PIECE_BYTES = 1 << 23
+PIECE_NAME = re.compile(r"(metrics|timing)\.jsonl(\.\d{4,})?")
 FILE_NAME = re.compile(r"((checkpoints|state)/)?(?!\.|run\.lock$)[^/\0]+(?<!\.tmp)")
 """Of the files that are mirrored: those of a run directory, without its lock and what a crash left half written."""
+
+
+def piece_name(name: str, number: int) -> str:
+    """Of a growing file; the first has the file's own name."""
+    return f"{name}.{number:04d}" if number else name
+
+
+def join_pieces(name: str, get: Callable[[str], bytes | None]) -> bytes | None:
+    """A growing file from its pieces.
+
+    Args:
+        name: of the file.
+        get: gives a piece by name; None: there is none.
+
+    Returns:
+        Its bytes; None: there is no such file. A piece counts where the one before it is full: after a file was cut,
+        later ones may still stand there.
+    """
+    pieces: list[bytes] = []
+    while not pieces or len(pieces[-1]) == PIECE_BYTES:
+        piece = get(piece_name(name, len(pieces)))
+        if piece is None:
+            break
+        pieces.append(piece)
+    return b"".join(pieces) if pieces else None
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

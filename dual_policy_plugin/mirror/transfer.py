@@ -12,17 +12,29 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from dual_policy_plugin import files
 from dual_policy_plugin.errors import RunError
 from dual_policy_plugin.heartbeat import beat
-from dual_policy_plugin.mirror.listing import FILE_NAME, LIST_NAME, STATE_NAME, Content, FileList
-from dual_policy_plugin.mirror.places import Place
+from dual_policy_plugin.mirror.listing import (
+    FILE_NAME,
+    GROWING_NAMES,
+    LIST_NAME,
+    PIECE_BYTES,
+    PIECE_NAME,
+    STATE_NAME,
+    Content,
+    FileList,
+    join_pieces,
+    piece_name,
+)
+from dual_policy_plugin.mirror.places import Guard, Outdated, Place
 
 RESULT_NAME = "result.json"
 FIRST_NAME = "checkpoints/model_0000.safetensors"
@@ -38,16 +50,15 @@ Key = tuple[int, int, int]
 """Inode, bytes, time of the last change in ns: another one when a file was changed."""
 
 
-class Outdated(Exception):  # noqa: N818 (no error)
-    """What was to be sent has been replaced by something newer, or is not wanted any more."""
-
-
 @dataclass(kw_only=True, slots=True, frozen=True)
 class HeldFile:
-    """A file as it was at one moment."""
+    """A file, or a piece of a growing one, as it was at one moment."""
 
     name: str
+    """In the mirror."""
     path: Path
+    start: int
+    """Where in the file it begins."""
     key: Key
     file: BinaryIO | None
     """Stays readable when the path is replaced or removed; None: there were too many to hold."""
@@ -61,12 +72,13 @@ class HeldFile:
         with ExitStack() as stack:
             try:
                 file = self.file or stack.enter_context(self.path.open("rb"))
-                at, stop = 0, self.key[1]
+                at, stop = self.start, self.start + self.key[1]
                 while at < stop:
                     chunk = os.pread(file.fileno(), min(_CHUNK_BYTES, stop - at), at)
                     if not chunk:
                         raise Outdated(self.name)
                     at += len(chunk)
+                    beat()
                     yield chunk
             except FileNotFoundError as error:
                 raise Outdated(self.name) from error
@@ -110,13 +122,13 @@ def take_snapshot(folder: Path, sent: Mapping[str, Key]) -> Snapshot:
     try:
         for path in [*folder.iterdir(), *(folder / "checkpoints").iterdir(), *(folder / "state").iterdir()]:
             name = path.relative_to(folder).as_posix()
-            if FILE_NAME.fullmatch(name) is None or path.is_symlink() or not path.is_file():
+            is_piece = PIECE_NAME.fullmatch(name) is not None and name not in GROWING_NAMES
+            if is_piece or FILE_NAME.fullmatch(name) is None or path.is_symlink() or not path.is_file():
                 continue
-            names.add(name)
-            status = path.stat()
-            key = (status.st_ino, status.st_size, status.st_mtime_ns)
-            if sent.get(name) != key:
-                changed.append(HeldFile(name=name, path=path, key=key, file=None))
+            for held in _parts(name, path):
+                names.add(held.name)
+                if sent.get(held.name) != held.key:
+                    changed.append(held)
         changed.sort(key=_order)
         for i, held in enumerate(changed[-MAX_HELD:], max(0, len(changed) - MAX_HELD)):  # the rest: old checkpoints
             changed[i] = replace(held, file=held.path.open("rb"))
@@ -125,23 +137,34 @@ def take_snapshot(folder: Path, sent: Mapping[str, Key]) -> Snapshot:
     return Snapshot(names=names, changed=changed)
 
 
-def send_snapshot(
-    place: Place, listed: FileList, snapshot: Snapshot, sent: dict[str, Key], check: Callable[[], None]
-) -> None:
+def _parts(name: str, path: Path) -> list[HeldFile]:
+    """What is to be sent of a file: itself, or the pieces of a growing one; those that are full never change."""
+    status = path.stat()
+    size, inode, changed_ns = status.st_size, status.st_ino, status.st_mtime_ns
+    if name not in GROWING_NAMES:
+        return [HeldFile(name=name, path=path, start=0, key=(inode, size, changed_ns), file=None)]
+    return [
+        HeldFile(
+            name=piece_name(name, start // PIECE_BYTES),
+            path=path,
+            start=start,
+            key=(inode, PIECE_BYTES, 0) if size - start >= PIECE_BYTES else (inode, size - start, changed_ns),
+            file=None,
+        )
+        for start in range(0, max(size, 1), PIECE_BYTES)
+    ]
+
+
+def send_snapshot(place: Place, listed: FileList, snapshot: Snapshot, sent: dict[str, Key], guard: Guard) -> None:
     """Makes the mirror hold what the snapshot does; `listed` and `sent` are kept up to date.
 
     Args:
         place: of the run.
-        listed: what the mirror holds.
+        listed: what the mirror may hold.
         snapshot: what it is to hold.
         sent: the keys of the local files whose content it holds; by name.
-        check: raises where nothing may be written any more; called before each write.
+        guard: whether it may be written.
     """
-
-    def write_list() -> None:
-        check()
-        place.put(LIST_NAME, listed.encode())
-
     coming: list[tuple[HeldFile, Content]] = []
     for held in snapshot.changed:
         content = held.content()
@@ -159,20 +182,19 @@ def send_snapshot(
     if not coming and not listed.leaving:
         return
     if coming:
-        write_list()
+        place.put(LIST_NAME, listed.encode(), guard)
     for held, content in coming:
-        data = b"".join(held.chunks())
-        check()
-        place.put(held.name, data)
-        listed.contents[held.name] = [content]
+        if place.put(held.name, b"".join(held.chunks()), guard):
+            listed.contents[held.name] = [content]  # else what an earlier owner has on its way may come
         listed.unsure.discard(held.name)
         sent[held.name] = held.key
+        beat()
     for name in listed.leaving:
         listed.drop(name)
         sent.pop(name, None)
-    write_list()
+    place.put(LIST_NAME, listed.encode(), guard)
     for name in sorted(listed.leaving):
-        check()
+        guard.check()  # once too late does no harm: the newest state does not know the file
         place.delete(name)
         listed.leaving.discard(name)
 
@@ -207,15 +229,22 @@ def fetch_files(place: Place, listed: FileList, folder: Path) -> bool:
             part.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise files.file_error(error, part, "created") from error
-    for name in sorted(listed.contents.keys() - {STATE_NAME, *_COPIES}):
-        data = _get_checked(place, listed, name)
-        if data is not None:
-            files.publish(folder / name, data)
-        beat()
+    whole = {name for name in listed.contents if PIECE_NAME.fullmatch(name) is None}
+    for name in sorted(whole - {STATE_NAME, *_COPIES}):
+        _publish(folder / name, _get_checked(place, listed, name))
+    for name in GROWING_NAMES:
+        _publish(folder / name, join_pieces(name, partial(_get_checked, place, listed)))
     if local >= 0:
         _remove_old(folder, listed)
     files.publish(folder / STATE_NAME, state)
     return True
+
+
+def _publish(path: Path, data: bytes | None) -> None:
+    """A file that was fetched, if it was there."""
+    if data is not None:
+        files.publish(path, data)
+    beat()
 
 
 def saved_iteration(path: Path) -> int:
@@ -270,11 +299,13 @@ def _remove_old(folder: Path, listed: FileList) -> None:
 
 
 def _get_checked(place: Place, listed: FileList, name: str) -> bytes | None:
-    """The bytes of a file in the mirror, one of its possible contents; None where it has not arrived.
+    """The bytes of a file in the mirror, one of its possible contents; None where it has not arrived, or never was.
 
     Raises:
         RunError: it is missing, or has other bytes.
     """
+    if name not in listed.contents:
+        return None
     mend = "remove the mirror and continue from a whole run directory, or use another run= name"
     for _ in range(2):  # once more, where bytes were damaged on their way
         found = place.get(name)

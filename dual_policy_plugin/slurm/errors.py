@@ -40,7 +40,7 @@ def explain(error: BaseException) -> DualPolicyError | None:
     """
     if isinstance(error, RuntimeError) and 'Could not detect "srun"' in str(error):
         if folder := _sweep_folder(error):
-            _remove_sweep(folder)
+            remove_sweep(folder)
         return no_slurm()
     if not type(error).__module__.startswith("submitit."):
         return None
@@ -106,10 +106,11 @@ def remove_submission(script: Path, number: str = "") -> None:
             elif re.fullmatch(r"[0-9a-f]{32}\.pkl", path.name):  # has a job's number once there is one
                 path.unlink()
         folder.rmdir()
-        _remove_sweep(folder.parent)
+        remove_sweep(folder.parent)
 
 
-def _remove_sweep(folder: Path) -> None:
+def remove_sweep(folder: Path) -> None:
+    """Removes the folder of a sweep that has not begun: Hydra's multirun.yaml is all that stands there."""
     with contextlib.suppress(OSError):
         if [path.name for path in folder.iterdir()] == ["multirun.yaml"]:
             (folder / "multirun.yaml").unlink()

@@ -54,6 +54,7 @@ class CurriculumSweeper(BasicSweeper):
             compose=self._compose,
             launch=launch,
             launcher=str(self.config.hydra.runtime.choices["hydra/launcher"]),
+            is_patient=getattr(self.launcher, "_EXECUTOR", "") == "slurm",  # submitit's name of it
         )
         if settings.dry_run:
             print(describe_sweep(request, train))

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -214,3 +216,74 @@ def test_who_stops_waiting_is_told_what_goes_on(tmp_path: Path, cluster: Cluster
     assert "Traceback" not in err
     assert f"the Slurm jobs {job} go on; `scancel {job}` ends them" in err
     assert cluster.states() == {job: "RUNNING"}
+
+
+def test_the_same_command_after_its_end_waits_for_the_jobs_that_go_on(tmp_path: Path, cluster: Cluster) -> None:
+    """The second array's jobs have the results of the first one's, without training again."""
+    words = sweep(tmp_path, "seed=1,2", MORE)
+    with _left_behind(words, tmp_path, cluster), running(words) as waiting:
+        logs = _waiting_logs(tmp_path)
+        _go_on(tmp_path)
+        err = waiting.communicate(timeout=100)[1]
+    assert waiting.returncode == 0, err
+    assert errors(err) == []
+    for number, path in enumerate(_paths(tmp_path)):
+        assert result_of(path)["iterations"] == num_iterations(path) == 160
+        timing = [json.loads(line) for line in (path / "timing.jsonl").read_text().splitlines()]
+        trained = [line["iteration"] for line in timing if "timing/rollout_s" in line]
+        assert trained == list(range(1, 161))  # each once, by the first job
+        (line,) = re.findall(r"WARNING (.* is in use by .*)", logs[number].read_text())
+        assert re.fullmatch(rf"{path} is in use by process \d+ on \S+ since \S+; this job waits until it ends", line)
+
+
+def test_a_curriculum_that_was_killed_waits_for_its_jobs(tmp_path: Path, cluster: Cluster) -> None:
+    words = sweep_words(tmp_path, f"[{RANDOM}]", "seed=1,2", PRESET, MORE)
+    with _left_behind(words, tmp_path, cluster), running(words) as waiting:
+        _waiting_logs(tmp_path)
+        _go_on(tmp_path)
+        err = waiting.communicate(timeout=100)[1]
+    assert waiting.returncode == 0, err
+    assert errors(err) == []
+    state = state_of(tmp_path)
+    assert [job["status"] for job in state["jobs"]] == ["finished", "finished"]
+    assert [gate["decision"] for gate in state["gates"]] == ["promote"]
+    assert [num_iterations(path) for path in _paths(tmp_path)] == [160, 160]
+
+
+MORE = "trainer.total_timesteps=40960"  # 160 iterations
+
+
+def _paths(folder: Path) -> list[Path]:
+    return [folder / f"s/{number}" for number in range(2)]
+
+
+@contextmanager
+def _left_behind(words: list[str], folder: Path, cluster: Cluster) -> Iterator[None]:
+    """Two jobs whose waiting command was killed; they stand still until `_go_on`."""
+    with running(words) as killed:
+        wait_until(lambda: min(map(num_iterations, _paths(folder))) > 0)
+        _signal_runs(folder, signal.SIGSTOP)
+        killed.kill()
+    assert sorted(cluster.states().values()) == ["RUNNING", "RUNNING"]
+    assert max(map(num_iterations, _paths(folder))) < 160
+    yield
+
+
+def _go_on(folder: Path) -> None:
+    _signal_runs(folder, signal.SIGCONT)
+
+
+def _signal_runs(folder: Path, signum: int) -> None:
+    for path in _paths(folder):
+        os.kill(json.loads((path / "run.lock").read_text())["pid"], signum)
+
+
+def _waiting_logs(folder: Path) -> list[Path]:
+    """The logs of the two jobs that wait for a run, by number, once both do."""
+
+    def found() -> list[Path]:
+        logs = sorted(folder.glob("s/.submitit/*/*_0_log.err"), key=lambda path: path.name.split("_")[1])
+        return [path for path in logs if "this job waits" in path.read_text()]
+
+    wait_until(lambda: len(found()) == 2)
+    return found()

@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from submitit.core.utils import FailedJobError, UncompletedJobError
 
 from dual_policy_plugin.cli import main
-from dual_policy_plugin.composition import compose_config, compose_hydra_node
+from dual_policy_plugin.composition import compose_config, compose_hydra_node, count_jobs
 from dual_policy_plugin.errors import LimitError
 from dual_policy_plugin.slurm.errors import explain, job_error
 from dual_policy_plugin.slurm.states import SlurmStates
@@ -53,6 +53,24 @@ def test_no_slurm_on_this_machine(
         "hydra/launcher= away to train here"
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("most", "said"), [(5, ["preparing 6 jobs"]), (6, [])])
+def test_a_large_sweep_says_what_it_is_at_before_anything_is_sent(
+    most: int, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("dual_policy_plugin.cli._MANY_JOBS", most)
+    sweep = ["seed=range(1,4)", "run=s", "trainer.learning_rate=0.01,0.02"]
+    assert main(["train", "-m", "hydra/launcher=submitit_slurm", *SMALL, f"train_dir={tmp_path}", *sweep]) == 2
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == said
+
+
+def test_the_jobs_of_a_sweep_are_counted() -> None:
+    assert count_jobs([]) == count_jobs(["seed=1", "+x=[1,2]", "~y"]) == 1
+    assert count_jobs(["seed=1,2,3", "a=range(1,5)", "b=choice(p,q)"]) == 24
+    assert count_jobs(["seed=1,2", "+user=glob(*)", "lr=interval(0,1)"]) == 2  # for others to tell
+    assert count_jobs(["seed=1,2", "a=[1,2"]) == 1
 
 
 @pytest.mark.parametrize("name", ["submitit_slurm", "dual_policy_slurm", "dual_policy_slurm_gpu"])

@@ -6,6 +6,9 @@ import socket
 
 import pytest
 
+from dual_policy_plugin.distributed import join_ranks
+from dual_policy_plugin.errors import RankLostError
+from dual_policy_plugin.rank_variables import find_ranks
 from tests.distributed.conftest import Ended, RunRanks
 from tests.distributed.programs import ITERATION
 
@@ -151,3 +154,18 @@ def test_a_port_that_is_taken_is_a_mistake(run_ranks: RunRanks) -> None:
     assert only_line(ended[0]).endswith(
         f"127.0.0.1:{port} cannot be served (Address already in use); set MASTER_PORT to a free port"
     )
+
+
+def test_a_port_of_our_own_that_is_taken_is_no_mistake() -> None:
+    """The job is queued again, and by its number of starts comes to another one."""
+    slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    slurm |= {"SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_JOB_ID": "4242"}
+    ranks = find_ranks(slurm)
+    with socket.create_server(("", ranks.port)), pytest.raises(RankLostError) as caught, join_ranks(ranks, wait_s=1.0):
+        pass
+    assert str(caught.value) == (
+        f"MASTER_ADDR:MASTER_PORT=127.0.0.1:{ranks.port} cannot be served (Address already in use); "
+        "the next start takes another port"
+    )
+    assert caught.value.exit_code == 75
+    assert find_ranks(slurm | {"SLURM_RESTART_COUNT": "1"}).port != ranks.port

@@ -30,11 +30,13 @@ def test_torchrun_says_who_we_are() -> None:
 
 def test_slurm_says_who_we_are() -> None:
     port = 12000 + 7 * 1234
-    expected = Ranks(rank=5, world_size=7, local_rank=1, local_world_size=2, address="n07", port=port)
+    expected = Ranks(
+        rank=5, world_size=7, local_rank=1, local_world_size=2, address="n07", port=port, is_port_ours=True
+    )
     assert find_ranks(SLURM) == expected
     assert find_ranks(SLURM | {"SLURM_NODEID": "3"}).local_world_size == 1
     moved = find_ranks(SLURM | {"MASTER_ADDR": "b9", "MASTER_PORT": "40000"})
-    assert (moved.address, moved.port) == ("b9", 40000)
+    assert (moved.address, moved.port, moved.is_port_ours) == ("b9", 40000, False)
     ports = {
         find_ranks(SLURM | change).port
         for change in ({}, {"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "1235"})

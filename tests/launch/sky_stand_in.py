@@ -51,7 +51,7 @@ class Cloud:
         import sky
 
         for module, names in (
-            (sky, ("launch", "get", "stream_and_get", "queue", "job_status", "cancel", "api_status", "api_info")),
+            (sky, ("launch", "get", "stream_and_get", "queue", "cancel", "api_status", "api_info")),
             (sky.client.sdk, ("list_accelerators", "enabled_clouds")),
             (sky.jobs, ("launch", "queue_v2", "cancel")),
         ):
@@ -150,26 +150,17 @@ class Cloud:
         return self._request("jobs.queue_v2", answer, refresh=refresh, **more)
 
     def queue(self, cluster_name: str, **more: Any) -> str:
-        from sky import exceptions
+        from sky import JobStatus, exceptions
 
         def answer() -> Any:
             listed = self._listed(cluster_name)
             if not listed:
                 raise exceptions.ClusterDoesNotExist(f"Cluster {cluster_name!r} does not exist.")
-            return [{"job_id": one["id"], "job_name": one["name"]} for one in listed]
+            return [
+                {"job_id": one["id"], "job_name": one["name"], "status": JobStatus(one["status"])} for one in listed
+            ]
 
         return self._request("queue", answer, cluster_name=cluster_name)
-
-    def job_status(self, cluster_name: str, job_ids: list[int] | None = None) -> str:
-        from sky import JobStatus, exceptions
-
-        def answer() -> Any:
-            listed = {one["id"]: JobStatus(one["status"]) for one in self._listed(cluster_name)}
-            if not listed:
-                raise exceptions.ClusterDoesNotExist(f"Cluster {cluster_name!r} does not exist.")
-            return {job: listed.get(job) for job in job_ids or ()}
-
-        return self._request("job_status", answer, cluster_name=cluster_name, job_ids=job_ids)
 
     def jobs_cancel(self, **more: Any) -> str:
         return self._request("jobs.cancel", lambda: self._cancel(more["job_ids"]), **more)

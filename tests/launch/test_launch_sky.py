@@ -110,7 +110,7 @@ def test_options_reach_the_task(cloud: Cloud, capsys: pytest.CaptureFixture[str]
     )  # fmt: skip
     task = yaml.safe_load(text)
     resources = task["resources"]
-    assert (task["name"], task["num_nodes"], task["envs"]["RUN"]) == ("a-b-c", 2, "a/b c")
+    assert (task["name"], task["num_nodes"], task["envs"]["RUN"]) == ("a-b-c-0af99a60", 2, "a/b c")
     assert (resources["accelerators"], resources["use_spot"], resources["cpus"]) == ({"H100": 8}, True, "16+")
     assert resources["infra"] == "aws/us-east-1"
     assert (task["envs"]["MAX_RUNTIME_HOURS"], task["envs"]["HEARTBEAT_TIMEOUT_SECONDS"]) == ("12.5", "90")
@@ -155,7 +155,8 @@ def test_a_cluster_and_a_managed_job(cloud: Cloud, capsys: pytest.CaptureFixture
 def test_copies_have_seeds_and_names_of_their_own(cloud: Cloud, capsys: pytest.CaptureFixture[str]) -> None:
     launched(capsys, "sky", *USER_LINE, "seed=7", "--copies=3", "--jobs")
     tasks = [one["task"] for one in cloud.calls("jobs.launch")]
-    assert [one["name"] for one in cloud.calls("jobs.launch")] == [f"my_experiment-{i}" for i in range(3)]
+    names = [one["name"] for one in cloud.calls("jobs.launch")]
+    assert names == ["my_experiment-0-a6e2878b", "my_experiment-1-2839bbd6", "my_experiment-2-b305e0a3"]
     assert [task["envs"]["RUN"] for task in tasks] == [f"my_experiment/{i}" for i in range(3)]
     for i, task in enumerate(tasks):
         config, _ = compose_config([word for word in words_of(task["run"]) if "lock=" not in word])
@@ -169,7 +170,7 @@ def test_an_error_between_copies_names_those_that_run(cloud: Cloud, capsys: pyte
     assert main(["launch", "sky", *USER_LINE, "--copies=3", "--jobs"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line == (
-        "error: job my_experiment-1 could not be launched: no quota (1 of 3 copies are launched, see above)"
+        "error: job my_experiment-1-2839bbd6 could not be launched: no quota (1 of 3 copies are launched, see above)"
     )
     assert len(asked(cloud)) == 2
 
@@ -364,7 +365,10 @@ def refuse(cloud: Cloud, capsys: pytest.CaptureFixture[str], *words: str) -> str
     [
         (["trian", MEDIUM], "'trian' is no task that can be checked; did you mean train? there are train, train_multi"),
         (["sweep_job_group"], "'sweep_job_group' is no task that can be checked; there are train,"),
-        (["train", "--gpu=1"], "unrecognized arguments: --gpu=1; see `dual-policy launch sky --help`"),
+        (["train", "--gpu=1"], "unrecognized arguments: --gpu=1; did you mean --gpus? see `dual-policy launch sky"),
+        (["train", "--gpu=1", "run=x"], "unrecognized arguments: --gpu=1; did you mean --gpus? see"),
+        (["train", "run=x", "--gpu", "1", "--clustr=c"], "arguments: --gpu --clustr=c; did you mean --gpus? see"),
+        (["train", "--infra=mars"], "--infra=mars is not possible; use CLOUD, CLOUD/REGION or"),
         (["train", "--dry-runn"], "unrecognized arguments: --dry-runn"),
         (["train", "--nodes=0"], "argument --nodes: '0' is no count of 1 or more"),
         (["train", "--gpus=a b"], "--gpus=a b is not possible"),
@@ -441,9 +445,24 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--heartbeat-timeout-seconds" in capsys.readouterr().out
 
 
-def test_long_names_stay_apart() -> None:
-    names = {sky_launch.task_name(f"{'long ' * 20}{i}") for i in range(3)}
-    assert len(names) == 3
+def test_names_stay_apart() -> None:
+    for kept in ("x", "my_experiment", "a-b", "v1.2", "run-1", "a" * 56):
+        assert sky_launch.task_name(kept) == kept
+    runs = [f"{'long ' * 20}{i}" for i in range(3)] + [
+        "a/b",
+        "a b",
+        "a-b",
+        "a-b/",
+        "-a",
+        "a",
+        "a.",
+        "1",
+        "run-1",
+        "日本",
+    ]
+    runs += ["///", "run", "/", "1" * 57, "1" * 80, "a" * 56, "a" * 57, "_"]
+    names = [sky_launch.task_name(run) for run in runs]
+    assert len(set(names)) == len(runs)
     for name in names:
         assert len(name) <= 60
         sky.utils.common_utils.check_cluster_name_is_valid(name)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dual_policy_plugin.errors import DualPolicyError, LaunchError, RunError
-from dual_policy_plugin.launch import sky_jobs
+from dual_policy_plugin.launch import sky_jobs, sky_sdk
 from dual_policy_plugin.launch.sky_jobs import Outcome, SkyJob, run_jobs
 from dual_policy_plugin.launch.sky_record import RECORD_NAME, job_name, read_record
 from dual_policy_plugin.launch.sky_sdk import load_sky
@@ -46,7 +46,7 @@ class Sweep:
         self.folder, self.scripts, self.settings = folder, scripts, settings
         folder.mkdir(exist_ok=True)
 
-    def job(self, num: int) -> SkyJob:
+    def job(self, num: int, before: str | None = None) -> SkyJob:
         out = self.folder / str(num)
         out.mkdir(exist_ok=True)
         task = {
@@ -54,16 +54,16 @@ class Sweep:
             "envs": {"OUT": str(out)},
             "resources": {"job_recovery": {"strategy": "FAILOVER", "recover_on_exit_codes": [75]}},
         }
-        return SkyJob(num=num, run=f"s/{num}", sync_uri="", words=(f"a={num}",), make_task=lambda: task)
+        return SkyJob(num=num, run=f"s/{num}", sync_uri="", words=(f"a={num}",), make_task=lambda: task, before=before)
 
-    def run(self, nums: list[int] | None = None) -> dict[int, Outcome]:
-        jobs = [self.job(num) for num in (range(len(self.scripts)) if nums is None else nums)]
+    def run(self, nums: list[int] | None = None, before: str | None = None) -> dict[int, Outcome]:
+        jobs = [self.job(num, before) for num in (range(len(self.scripts)) if nums is None else nums)]
         record = read_record(self.folder, self.settings.cluster)
         return run_jobs(jobs, record, self.settings, collect=self._collect)
 
-    def _collect(self, job: SkyJob) -> dict[str, Any] | None:
+    def _collect(self, job: SkyJob, before: str | None) -> dict[str, Any] | None:
         path = self.folder / str(job.num) / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return json.loads(path.read_text()) if path.exists() and path.read_text() != before else None
 
     @property
     def record(self) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def test_a_running_job_with_other_words_is_refused(cloud: Cloud, tmp_path: Path)
     assert killed(sweep.run) == signal.SIGKILL
     job = replace(sweep.job(0), words=("a=other",))
     with pytest.raises(RunError, match=r"job 0 of this sweep was launched with other words .*`sky jobs cancel 1`"):
-        run_jobs([job], read_record(sweep.folder, None), SETTINGS, collect=lambda _: None)
+        run_jobs([job], read_record(sweep.folder, None), SETTINGS, collect=lambda *_: None)
     assert len(cloud.jobs()) == 1
     with pytest.raises(RunError, match="knows of managed jobs that have not ended"):
         read_record(sweep.folder, "c")
@@ -244,7 +244,7 @@ def test_an_interrupt_asks_at_a_terminal_whether_the_jobs_are_left_or_cancelled(
         stream.isatty = lambda: answer is not None  # type: ignore[method-assign]
         monkeypatch.setattr(sys, name, stream)
     with pytest.raises(KeyboardInterrupt):
-        run_jobs([sweep.job(0)], read_record(sweep.folder, None), SETTINGS, collect=lambda _: None, sleep=interrupt)
+        run_jobs([sweep.job(0)], read_record(sweep.folder, None), SETTINGS, collect=lambda *_: None, sleep=interrupt)
     name, said = cloud.names()[0], sys.stderr.getvalue()  # type: ignore[attr-defined]
     assert (f"{name} (id 1): leave running or cancel? [L/c]" in said) == (answer is not None)
     if is_cancelled:
@@ -268,7 +268,7 @@ def test_a_job_that_was_cancelled_elsewhere_is_a_failed_one(cloud: Cloud, tmp_pa
         time.sleep(0.05)
 
     outcomes = run_jobs(
-        [sweep.job(0)], read_record(sweep.folder, None), SETTINGS, collect=lambda _: None, sleep=cancel_once
+        [sweep.job(0)], read_record(sweep.folder, None), SETTINGS, collect=lambda *_: None, sleep=cancel_once
     )
     assert "ended as CANCELLED" in str(outcomes[0])
 
@@ -290,13 +290,98 @@ def test_the_jobs_of_a_cluster_that_has_ended_meanwhile_are_launched_again(
     cloud: Cloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sky_jobs, "UNREACHABLE_S", 0.05)
-    sweep = Sweep(tmp_path / "s", [result(1.0)], replace(SETTINGS, mode="cluster", cluster="mine"))
-    cloud.fault("job_status", 1, "before")
+    settings = replace(SETTINGS, mode="cluster", cluster="mine")
+    sweep = Sweep(tmp_path / "s", ["[ -e $OUT/again ] || exit 1; " + result(1.0)], settings)
+    cloud.fault("queue", 1, "before")
     assert killed(sweep.run) == signal.SIGKILL
-    cloud.wait_for(lambda: cloud.status(1) == "SUCCEEDED")
-    os.rename(cloud.folder / "jobs" / "1", tmp_path / "elsewhere")  # with the cluster, which was idle for long enough
+    cloud.wait_for(lambda: cloud.status(1) == "FAILED")
+    end_clusters(cloud)
     assert "is not in the queue any more" in str(sweep.run()[0])
+    (tmp_path / "s" / "0" / "again").touch()
     assert sweep.run() == {0: {"objective": 1.0}}
+    assert sweep.record["0"]["attempt"] == 2
+
+
+def end_clusters(cloud: Cloud) -> None:
+    """All queues end with their clusters, which were idle for long enough; the next ones count from 1 again."""
+    os.rename(cloud.folder / "jobs", cloud.folder / f"jobs-{time.monotonic()}")
+    (cloud.folder / "jobs").mkdir()
+
+
+def test_a_job_of_another_sweep_under_the_same_id_is_not_taken_for_ours(cloud: Cloud, tmp_path: Path) -> None:
+    """A cluster that is made anew counts from 1 again."""
+    settings = replace(SETTINGS, mode="cluster", cluster="mine")
+    sweep = Sweep(tmp_path / "s", ["sleep 30"], settings)
+    cloud.fault("queue", 1, "before")
+    assert killed(sweep.run) == signal.SIGKILL
+    cloud.end()
+    end_clusters(cloud)
+    other = Sweep(tmp_path / "t", ["sleep 30"], settings)
+    record = read_record(other.folder, "mine")
+    others = replace(other.job(0), run="t/0")
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs([others], record, settings, collect=lambda *_: None, sleep=interrupt)
+    assert (other.record["0"]["job"], sweep.record["0"]["job"]) == (1, 1)
+    assert "is not in the queue any more" in str(sweep.run()[0])
+    assert sweep.record["0"]["status"] == "GONE"
+    assert read_record(other.folder, "mine").entries[0].status is None
+
+
+def test_a_cluster_that_a_launch_makes_anew_gives_two_jobs_one_id(cloud: Cloud, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, mode="cluster", cluster="mine")
+    sweep = Sweep(tmp_path / "s", ["sleep 30", result(2.0, 0.2)], settings)
+    cloud.fault("launch", 2, "before")
+    assert killed(sweep.run) == signal.SIGKILL
+    cloud.end()
+    end_clusters(cloud)
+    outcomes = sweep.run()
+    assert "(id 1)" not in str(outcomes[0])
+    assert f"job 0 ({sweep.record['0']['name']}, id 1) is not in the queue any more" in str(outcomes[0])
+    assert outcomes[1] == {"objective": 2.0}
+    assert [one["job"] for one in sweep.record.values()] == [1, 1]
+
+
+def test_an_interrupt_cancels_no_job_of_another_sweep(
+    cloud: Cloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SETTINGS, mode="cluster", cluster="mine")
+    sweep = Sweep(tmp_path / "s", ["sleep 30"], settings)
+
+    def end_and_interrupt(_: float) -> None:
+        cloud.end()
+        end_clusters(cloud)
+        sky_sdk.start_cluster({"name": "theirs", "run": "sleep 30"}, "mine", down=False, idle_minutes=None)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sky_jobs, "_asks_to_cancel", lambda _: True)
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs(
+            [sweep.job(0)],
+            read_record(sweep.folder, "mine"),
+            settings,
+            collect=lambda *_: None,
+            sleep=end_and_interrupt,
+        )
+    assert cloud.names() == ["theirs"]
+    assert cloud.calls("cancel") == []
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_result_that_a_job_left_before_the_queue_forgot_it_is_taken(
+    cloud: Cloud, tmp_path: Path, is_old: bool
+) -> None:
+    sweep = Sweep(tmp_path / "s", [result(1.0)], replace(SETTINGS, mode="cluster", cluster="mine"))
+    cloud.fault("queue", 1, "before")
+    assert killed(lambda: sweep.run(before='{"objective": 1.0}\n' if is_old else None)) == signal.SIGKILL
+    cloud.wait_for(lambda: cloud.status(1) == "SUCCEEDED")
+    end_clusters(cloud)
+    (outcome,) = sweep.run().values()
+    if is_old:  # of an earlier run: it stood there when this job was launched
+        assert "is not in the queue any more" in str(outcome)
+    else:
+        assert outcome == {"objective": 1.0}
+    assert sweep.record["0"]["status"] == ("GONE" if is_old else "SUCCEEDED")
+    assert cloud.jobs() == []
 
 
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:
@@ -319,7 +404,7 @@ def test_an_error_of_ours_while_a_result_is_fetched_stops_the_sweep_and_loses_no
 ) -> None:
     sweep = Sweep(tmp_path / "s", [result(1.0)])
 
-    def broken(_: SkyJob) -> dict[str, Any] | None:
+    def broken(*_: object) -> dict[str, Any] | None:
         raise RunError("the disk is full")
 
     with pytest.raises(DualPolicyError, match="the disk is full"):

@@ -157,9 +157,25 @@ def test_jobs_are_found_by_name_the_newest_of_each(cloud: Cloud) -> None:
     ids = [sky_sdk.start_job(TASK, name) for name in ("a", "b", "a")]
     assert ids == [1, 2, 3]
     assert sky_sdk.find_jobs(["a", "z"]) == {"a": 3}
-    cloud.wait_for(lambda: set(sky_sdk.job_statuses(ids).values()) == {"SUCCEEDED"})
-    assert sky_sdk.job_statuses([2, 99]) == {2: "SUCCEEDED"}
-    assert sky_sdk.job_statuses([]) == {}
+    cloud.wait_for(lambda: {cloud.status(job) for job in ids} == {"SUCCEEDED"})
+    assert sky_sdk.job_statuses({"a": 1, "b": 2, "c": 99}) == {"a": "SUCCEEDED", "b": "SUCCEEDED"}
+    assert sky_sdk.job_statuses({"b": 1, "a": 3}) == {"a": "SUCCEEDED"}, "an id of another job"
+    assert sky_sdk.job_statuses({}) == {}
+
+
+@pytest.mark.parametrize("infra", ["mars", "", "awss", "aws-us", "aws/us-east-1/us-east-1a/x"])
+def test_a_place_that_there_is_not_is_one_short_line(infra: str) -> None:
+    with pytest.raises(LaunchError) as caught:
+        sky_sdk.check_infra(infra)
+    assert str(caught.value) == (
+        f"--infra={infra} is not possible; use CLOUD, CLOUD/REGION or CLOUD/REGION/ZONE, for example aws or "
+        "gcp/us-central1; `sky check` lists the clouds"
+    )
+
+
+@pytest.mark.parametrize("infra", [None, "aws", "AWS", "gcp/us-central1", "aws/*/us-east-1a", "k8s/my/context", "*"])
+def test_a_place_that_skypilot_reads_is_let_through(infra: str | None) -> None:
+    sky_sdk.check_infra(infra)
 
 
 def test_a_controller_that_stopped_idle_is_started_to_look_for_jobs(cloud: Cloud) -> None:

@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 from safetensors import safe_open
 
 from dual_policy_plugin.cli import main
 from dual_policy_plugin.errors import LaunchError
+from dual_policy_plugin.launch import sky_sweep
+from dual_policy_plugin.launch.sky_jobs import SkyJob
+from dual_policy_plugin.launch.sky_prepare import SweepJob
 from dual_policy_plugin.launch.sky_sdk import load_sky
 from dual_policy_plugin.npc.lock import read_lock
 from dual_policy_plugin.npc.sources.local import file_digest
@@ -138,7 +142,12 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     ("words", "said"),
     [
         (["seed=1,2", "hydra.launcher.sync_uri=null"], "job 0: hydra.launcher.sync_uri is not set, and no run"),
-        (["seed=1,2", "hydra.launcher.sync_uri=/nowhere"], "job 0: trainer.sync_uri=/nowhere is no folder"),
+        (["seed=1,2", "hydra.launcher.sync_uri=/nowhere"], "job 0: hydra.launcher.sync_uri=/nowhere is no folder"),
+        (
+            ["hydra.launcher.sync_uri=null", "trainer.sync_uri=/nowhere"],
+            "job 0: trainer.sync_uri=/nowhere is no folder",
+        ),
+        (["trainer.sync_uri=gs://b/x"], "job 0: trainer.sync_uri=gs://b/x is not possible"),
         (["hydra.launcher.sync_uri=gs://b/x"], "hydra.launcher.sync_uri=gs://b/x is not possible"),
         (["trainer.gamma=0.9,1.5"], "job 1: trainer.gamma=1.5 is not possible"),
         (["env.episode_steps=16,0"], "job 1: env.episode_steps=0 is not possible"),
@@ -149,7 +158,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["hydra.launcher.secrets=['A=b']"], "hydra.launcher: 'A' is no variable's name"),
         (["hydra.launcher.template=trian"], "job 0: trian is no SkyPilot task; there are"),
         (["hydra.launcher.gpus=many:x"], "job 0: hydra.launcher.gpus=many:x is not possible"),
-        (["hydra.launcher.infra=mars"], "job 0: SkyPilot refuses the task: "),
+        (["hydra.launcher.infra=mars"], "hydra.launcher.infra=mars is not possible; use CLOUD, CLOUD/REGION or"),
         (["hydra.launcher.skip_git_check=false"], "is no git checkout; cd into your checkout, or send the folder as"),
         (["hydra.searchpath=[file://FOLDER/elsewhere]"], "job 0: the configs in "),
     ],
@@ -167,6 +176,36 @@ def test_a_mistake_is_one_line_and_launches_nothing(
     assert said in line
     assert "--" not in line, "flags of another command"
     assert cloud.calls("jobs.launch") == []
+    assert not (tmp_path / "train_dir" / "s").exists()
+
+
+def test_a_refused_sweep_leaves_what_stood_in_its_folder(
+    cloud: Cloud, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notes = tmp_path / "train_dir" / "s" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    refused(sweep_words(tmp_path, *NPC, "hydra.launcher.infra=mars"), capsys)
+    assert {path.name for path in notes.parent.iterdir()} == {"notes.txt", "multirun.yaml"}
+
+
+def test_a_result_that_stood_in_the_storage_before_is_known_by_its_digest(
+    cloud: Cloud, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "storage" / "s" / "0" / "result.json"
+    old.parent.mkdir(parents=True)
+    old.write_text('{"objective": 0.25}')
+    cloud.errors["jobs.launch"] = lambda _: sky.exceptions.NoCloudAccessError("none")
+    words = sweep_words(tmp_path, *NPC, "seed=1,2")
+    refused(words, capsys)
+    entries = json.loads((tmp_path / "train_dir" / "s" / "skypilot_jobs.json").read_text())["jobs"]
+    assert entries["0"]["before"] == file_digest(old)
+    job = SkyJob(num=0, run="s/0", sync_uri=str(tmp_path / "storage"), words=(), make_task=dict)
+    composed = OmegaConf.create({"trainer": {}, "agent": {}, "env": {}, "run": "s"})
+    ours = SweepJob(num=0, overrides=(), config=composed, folder=tmp_path / "here")
+    assert sky_sweep._fetch(job, ours, file_digest(old)) is None
+    assert not ours.folder.exists()
+    assert sky_sweep._fetch(job, ours, "another") == sky_sweep._fetch(job, ours, None) == {"objective": 0.25}
 
 
 def test_keys_that_a_node_needs_must_be_here(
