@@ -24,9 +24,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from dual_policy_plugin.errors import RunError, StorageError
+from dual_policy_plugin.mirror.folder_place import FolderPlace
 from dual_policy_plugin.mirror.lease import Lease
 from dual_policy_plugin.mirror.listing import GROWING_NAMES, FileList, join_pieces, read_list
-from dual_policy_plugin.mirror.places import FolderPlace, Outdated, Place, open_place
+from dual_policy_plugin.mirror.places import Outdated, Place
+from dual_policy_plugin.mirror.s3_place import S3Place
 from dual_policy_plugin.mirror.transfer import (
     RESULT_NAME,
     Key,
@@ -223,6 +225,27 @@ class RunMirror:
             with self._changed:
                 self._is_sending, self._error = False, error
                 self._changed.notify_all()
+
+
+def open_place(sync_uri: str, run: str) -> Place:
+    """The place of a run.
+
+    Args:
+        sync_uri: as trainer.sync_uri has it: s3://bucket/prefix/, or an absolute folder with or without file://.
+        run: the run's name; may have slashes.
+
+    Raises:
+        RunError: the folder does not exist; it is not made, since it may be a mount that is missing.
+    """
+    scheme, _, rest = sync_uri.rpartition("://")
+    if scheme == "s3":
+        bucket, _, prefix = rest.partition("/")
+        prefix = prefix.rstrip("/")
+        return S3Place(bucket=bucket, prefix=f"{prefix}/{run}/" if prefix else f"{run}/")
+    root = Path(rest)
+    if not root.is_dir():
+        raise RunError(f"trainer.sync_uri={sync_uri} is no folder; mount it or make it, or use s3://bucket/prefix/")
+    return FolderPlace(root=root, folder=root / run)
 
 
 def read_mirrored(sync_uri: str, run: str, name: str) -> bytes | None:

@@ -33,15 +33,15 @@ from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.config import TrainerConfig
 from dual_policy_plugin.errors import ConfigError, RunError, StorageError
 from dual_policy_plugin.mirror import lease as lease_module
-from dual_policy_plugin.mirror import listing, places, transfer
+from dual_policy_plugin.mirror import folder_place, listing, s3_place, transfer
 from dual_policy_plugin.mirror.lease import Lease
 from dual_policy_plugin.mirror.listing import LIST_NAME, STATE_NAME, read_list
-from dual_policy_plugin.mirror.places import OWNER_NAME, Place, open_place
+from dual_policy_plugin.mirror.places import OWNER_NAME, Place
 from dual_policy_plugin.mirror.transfer import MAX_HELD, fetch_files, saved_iteration, take_snapshot
 from dual_policy_plugin.npc.sources import s3_client
 from dual_policy_plugin.npc.sources.http import Retries
 from dual_policy_plugin.run_directory import RunDirectory
-from dual_policy_plugin.run_mirror import RunMirror, read_mirrored, read_result
+from dual_policy_plugin.run_mirror import RunMirror, open_place, read_mirrored, read_result
 from dual_policy_plugin.run_state import Counters
 from dual_policy_plugin.train import train
 from tests.services.s3_server import S3Server
@@ -97,7 +97,7 @@ def bucket(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Serv
     for name, value in server.env.items():
         monkeypatch.setenv(name, value)
         monkeypatch.delenv(name.lower(), raising=False)
-    monkeypatch.setattr(places, "RETRIES", Retries(attempts=2, first_wait_s=0.01))
+    monkeypatch.setattr(s3_place, "RETRIES", Retries(attempts=2, first_wait_s=0.01))
     client = s3_client.client()
     client.create_bucket(Bucket="runs")
     yield server
@@ -628,7 +628,7 @@ class Hang:
         if sync_uri == PREFIX:
             monkeypatch.setattr(client, "put_object", held)
         else:
-            monkeypatch.setattr(places.files, "publish", held)
+            monkeypatch.setattr(folder_place.files, "publish", held)
 
 
 @pytest.mark.parametrize("name", [LIST_NAME, "checkpoints/model_0001.safetensors", "metrics.jsonl", STATE_NAME])
@@ -707,7 +707,7 @@ def test_the_lease_is_looked_at_before_every_attempt(
             owner(PREFIX)
             mirror._lease._written -= 2 * lease_module.LEASE_S
 
-        monkeypatch.setattr(places.time, "sleep", sleep)
+        monkeypatch.setattr(s3_place.time, "sleep", sleep)
         bucket.faults.add(f"PUT /{MIRRORED}metrics", "status:503", times=1)
         mirror.advance()
         with pytest.raises(RunError, match="was taken over by process 7 on far"):
@@ -767,7 +767,7 @@ def test_each_part_of_a_large_file_that_has_gone_is_a_sign_of_life(
     tmp_path: Path, bucket: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beats: list[float] = []
-    monkeypatch.setattr(places, "beat", lambda: beats.append(time.monotonic()))
+    monkeypatch.setattr(s3_place, "beat", lambda: beats.append(time.monotonic()))
     with mirror_of(tmp_path) as mirror, open_run(tmp_path) as run:
         save(run, 0)
         assert send(mirror)
