@@ -32,8 +32,8 @@ from dual_policy_plugin.cli import main
 from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.config import TrainerConfig
 from dual_policy_plugin.errors import ConfigError, RunError, StorageError
-from dual_policy_plugin.mirror import lease as lease_module
 from dual_policy_plugin.mirror import folder_place, listing, s3_place, transfer
+from dual_policy_plugin.mirror import lease as lease_module
 from dual_policy_plugin.mirror.lease import Lease
 from dual_policy_plugin.mirror.listing import LIST_NAME, STATE_NAME, read_list
 from dual_policy_plugin.mirror.places import OWNER_NAME, Place

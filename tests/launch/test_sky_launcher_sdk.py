@@ -161,6 +161,12 @@ def test_jobs_are_found_by_name_the_newest_of_each(cloud: Cloud) -> None:
     assert sky_sdk.job_statuses({"a": 1, "b": 2, "c": 99}) == {"a": "SUCCEEDED", "b": "SUCCEEDED"}
     assert sky_sdk.job_statuses({"b": 1, "a": 3}) == {"a": "SUCCEEDED"}, "an id of another job"
     assert sky_sdk.job_statuses({}) == {}
+    job = sky_sdk.start_cluster(TASK, "c", down=False, idle_minutes=None)
+    cloud.wait_for(lambda: cloud.status(job) == "SUCCEEDED")
+    assert sky_sdk.job_statuses({"t": job}, cluster="c") == {"t": "SUCCEEDED"}
+    for jobs in ({"t": job + 1}, {"u": job}):
+        assert sky_sdk.job_statuses(jobs, cluster="c") == {}
+    assert sky_sdk.job_statuses({"t": job}, cluster="d") == {}
 
 
 @pytest.mark.parametrize("infra", ["mars", "", "awss", "aws-us", "aws/us-east-1/us-east-1a/x"])
