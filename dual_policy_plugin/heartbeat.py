@@ -19,10 +19,11 @@ _EVERY_S = 1.0
 _WIDTH = 20  # characters of the age, so that a reader never sees a part of it
 
 _last = -math.inf  # when this process has touched the file
+_told = -math.inf  # when it has last told its age
 
 
 def beat(elapsed_s: float | None = None) -> None:
-    """Touches the heartbeat file, at most once a second; nothing is written where nobody watches.
+    """Touches the heartbeat file, at most once a second of either kind; nothing is written where nobody watches.
 
     Args:
         elapsed_s: seconds that the run has taken over all its restarts; None: not known here.
@@ -30,10 +31,11 @@ def beat(elapsed_s: float | None = None) -> None:
     Raises:
         RunError: the file cannot be written.
     """
-    global _last
-    if time.monotonic() - _last < _EVERY_S:
+    global _last, _told
+    now = time.monotonic()
+    if now - (_last if elapsed_s is None else _told) < _EVERY_S:  # the age is told though others give signs of life
         return
-    _last = time.monotonic()
+    _last, _told = now, _told if elapsed_s is None else now
     path = os.environ.get(VARIABLE)
     if not path:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +18,12 @@ GPU_CHECKS = "gpu_checks.py"
 def pytest_configure(config: pytest.Config) -> None:
     """Hides GPUs: kernels are interpreted on CPU tensors here, and subprocesses inherit the interpreter's switch.
 
+    And takes SIGINT, which programs that tests start would else be born deaf to.
+
     The checks that need a GPU (`tests/gpu`) are run by their file's name, and see it.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job is told to ignore it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not any(Path(argument.partition("::")[0]).name == GPU_CHECKS for argument in config.args):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch reads it when CUDA is first asked for
 

@@ -17,6 +17,9 @@ from dual_policy_plugin.config_dual_policy import load_dual_policy
 from dual_policy_plugin.config_loading import known_keys, load_config, read_hourly_cost
 from dual_policy_plugin.config_nodes import nearest_key
 from dual_policy_plugin.errors import ConfigError, NpcError
+from dual_policy_plugin.interpolation import register_resolver
+
+register_resolver()  # as Hydra does when it finds the plugin, which no test here makes it do
 
 NPC = "builtin://arena/weak"
 DP = "trainer.dual_policy"

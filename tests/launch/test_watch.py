@@ -163,7 +163,8 @@ def test_signals_go_on_to_the_command_once(signum: signal.Signals, tmp_path: Pat
 def beaten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "heartbeat"
     monkeypatch.setenv(heartbeat.VARIABLE, str(path))
-    monkeypatch.setattr(heartbeat, "_last", -1e9)
+    for last in ("_last", "_told"):
+        monkeypatch.setattr(heartbeat, last, -1e9)
     return path
 
 
@@ -175,6 +176,14 @@ def test_a_beat_touches_the_file_at_most_once_a_second(beaten: Path, monkeypatch
     monkeypatch.setattr(heartbeat, "_last", time.monotonic() - 1.1)
     heartbeat.beat()  # of a rank that does not know
     assert (beaten.stat().st_mtime > 0, heartbeat.read_age(str(beaten))) == (True, 12.346)
+
+
+def test_a_run_tells_its_age_though_others_give_signs_of_life(beaten: Path) -> None:
+    """Until it has, the watch takes it for one that is starting: a mirror's thread beats all the time."""
+    heartbeat.beat()
+    assert heartbeat.read_age(str(beaten)) is None
+    heartbeat.beat(7.0)
+    assert heartbeat.read_age(str(beaten)) == 7.0
 
 
 def test_a_beat_that_cannot_be_given_is_an_error(beaten: Path, monkeypatch: pytest.MonkeyPatch) -> None:
