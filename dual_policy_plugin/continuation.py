@@ -19,8 +19,8 @@ from dual_policy_plugin.errors import RunError
 from dual_policy_plugin.evaluation.matches import MatchResult
 from dual_policy_plugin.files import lines_backwards
 from dual_policy_plugin.heartbeat import is_watched
+from dual_policy_plugin.npc.lock import check_held_out
 from dual_policy_plugin.parts import Parts
-from dual_policy_plugin.players import check_held_out
 from dual_policy_plugin.policies.npcs import recorded_npcs
 from dual_policy_plugin.run_directory import RunDirectory
 from dual_policy_plugin.run_mirror import RunMirror

@@ -5,7 +5,6 @@ Between `policies/npcs.py`, which pins and loads one at a time, and `parts.py`, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from dual_policy_plugin.config import Config
 from dual_policy_plugin.distributed import Ranks
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.npc.holds import Hold
-from dual_policy_plugin.npc.lock import LockEntry
+from dual_policy_plugin.npc.lock import LockEntry, check_held_out
 from dual_policy_plugin.npc.resolver import PinnedPolicy, hold_pinned, unique_names
 from dual_policy_plugin.policies.npcs import Pins, Wish, load_npc, pin_policies
 from dual_policy_plugin.policies.pool import Npc
@@ -110,21 +109,6 @@ def _first_npcs(config: Config, wishes: list[Wish], pins: Pins) -> dict[str, str
     """sha256 -> name of the NPCs that a run begins with; where self-play has no other, the learner as it begins."""
     is_learner = config.trainer.dual_policy.self_play is not None and not pins.of_role("npc", wishes)
     return {pin.sha256: pin.name for pin in pins.of_role("initial" if is_learner else "npc", wishes)}
-
-
-def check_held_out(held_out: Iterable[PinnedPolicy | LockEntry], npcs: Mapping[str, str]) -> None:
-    """Raises a ConfigError where a held-out policy is an NPC of the run, by its bytes and not by its name.
-
-    Args:
-        held_out: the policies of evals.held_out.
-        npcs: sha256 -> name.
-    """
-    for held in held_out:
-        if held.sha256 in npcs:
-            raise ConfigError(
-                f"evals.held_out={held.requested} is the NPC {npcs[held.sha256]} of this run (sha256 "
-                f"{held.sha256[:12]}); hold out a policy that the learner does not train against"
-            )
 
 
 def choose_opponents(

@@ -26,6 +26,7 @@ from dual_policy_plugin.npc.cache import Cache
 from dual_policy_plugin.npc.lock import (
     ROLES,
     LockEntry,
+    check_held_out,
     lock_entries,
     lock_facts,
     locked_as,
@@ -125,12 +126,7 @@ def pin_config(config: Config, *, begun: Sequence[LockEntry] = ()) -> tuple[Lock
     """
     entries = tuple(pin_configs([config], begun=begun))
     npcs = {one.sha256: one.name for one in entries if one.role == "npc"}
-    for held in entries:
-        if held.role == "held_out" and held.sha256 in npcs:
-            raise ConfigError(
-                f"evals.held_out={held.requested} is the NPC {npcs[held.sha256]} of this run (sha256 "
-                f"{held.sha256[:12]}); hold out a policy that the learner does not train against"
-            )
+    check_held_out([one for one in entries if one.role == "held_out"], npcs)
     return entries
 
 

@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
@@ -187,7 +187,7 @@ def with_price(launch: SkyLaunch, cost: Cost, number: int) -> SkyLaunch:
         return launch
     task = copy.deepcopy(dict(launch.task))
     task["envs"][COST_VARIABLE] = f"{cost.hourly / number / int(task['num_nodes']):.6f}"
-    return SkyLaunch(preflight=launch.preflight, name=launch.name, task=task, secrets=launch.secrets)
+    return replace(launch, task=task)
 
 
 def task_name(run: str) -> str:

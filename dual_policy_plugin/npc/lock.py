@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dual_policy_plugin.errors import DigestError, NpcError, NpcNotFoundError
+from dual_policy_plugin.errors import ConfigError, DigestError, NpcError, NpcNotFoundError
 from dual_policy_plugin.files import publish
 from dual_policy_plugin.npc.candidates import flat_metadata
 from dual_policy_plugin.npc.resolver import PinnedPolicy, resolve
@@ -185,6 +185,21 @@ def pin_locked(lock: Iterable[LockEntry], requested: str, *, role: str = "npc") 
         asked = ", ".join(dict.fromkeys(entry.requested for entry in lock if entry.role == role)) or "nothing"
         raise NpcNotFoundError(f"{requested}: not in npc.lock.json, which has {asked}; start a new run for another NPC")
     return [_pin_entry(entry) for entry in entries]
+
+
+def check_held_out(held_out: Iterable[PinnedPolicy | LockEntry], npcs: Mapping[str, str]) -> None:
+    """Raises a ConfigError where a held-out policy is an NPC of the run, by its bytes and not by its name.
+
+    Args:
+        held_out: the policies of evals.held_out.
+        npcs: sha256 -> name.
+    """
+    for held in held_out:
+        if held.sha256 in npcs:
+            raise ConfigError(
+                f"evals.held_out={held.requested} is the NPC {npcs[held.sha256]} of this run (sha256 "
+                f"{held.sha256[:12]}); hold out a policy that the learner does not train against"
+            )
 
 
 def _pin_entry(entry: LockEntry) -> PinnedPolicy:
