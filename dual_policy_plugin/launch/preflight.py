@@ -37,9 +37,9 @@ from dual_policy_plugin.npc.lock import (
 from dual_policy_plugin.npc.resolver import request_text, resolve_all, unique_names
 from dual_policy_plugin.npc.uri import parse_uri
 from dual_policy_plugin.report.tables import format_table
+from dual_policy_plugin.run_directory import LOCK_KEY as LOCK_KEY
 from dual_policy_plugin.run_mirror import read_mirrored
 
-LOCK_KEY = "trainer.dual_policy.lock"
 LOCK_NAME = "npc.lock.json"
 NODE_FOLDER = "~/.dual-policy-launch"
 """Where a node finds what was carried to it, whosever home that is; a restart on another node finds it too."""

@@ -36,11 +36,11 @@ from dual_policy_plugin.launch.sky_launch import (
 )
 from dual_policy_plugin.launch.sky_settings import KEY, SkyLauncherConfig
 from dual_policy_plugin.launch.sky_task import TaskOptions, build_task, read_template
+from dual_policy_plugin.mirror.transfer import RESULT_NAME as RESULT_NAME
 from dual_policy_plugin.run_mirror import read_mirrored
 
 MOUNT = "/dual-policy-runs"
 """Where a node has the bucket that another app's jobs write to."""
-RESULT_NAME = "result.json"
 _LOCAL_KEYS = ("run", "train_dir", "trainer.sync_uri", preflight.LOCK_KEY)
 """Overrides that are about this machine; a node gets its own."""
 _FLAGS = {
