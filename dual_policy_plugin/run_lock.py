@@ -31,6 +31,11 @@ _held: set[int] = set()
 _logger = logging.getLogger(__name__)
 
 
+def is_slurm_job() -> bool:
+    """Whether submitit started this process as a job of Slurm's."""
+    return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+
+
 def lock_run(folder: Path, since: float) -> int:
     """Takes the lock of the run at `folder`, in a job of Slurm's once it is free; returns the descriptor that holds it.
 
@@ -113,7 +118,7 @@ def _take(descriptor: int, path: Path) -> None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
+            if not is_slurm_job():
                 raise
         if not is_said:
             _logger.warning("%s is in use by %s; this job waits until it ends", path.parent, _holder(descriptor))

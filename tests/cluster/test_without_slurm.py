@@ -60,7 +60,7 @@ def test_a_large_sweep_says_what_it_is_at_before_anything_is_sent(
     most: int, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("dual_policy_plugin.cli._MANY_JOBS", most)
+    monkeypatch.setattr("dual_policy_plugin.commands.train._MANY_JOBS", most)
     sweep = ["seed=range(1,4)", "run=s", "trainer.learning_rate=0.01,0.02"]
     assert main(["train", "-m", "hydra/launcher=submitit_slurm", *SMALL, f"train_dir={tmp_path}", *sweep]) == 2
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == said
