@@ -5,12 +5,13 @@ BIN := .venv/bin
 # where `make bench-gpu` writes its tables and JSON files
 OUT ?= benchmarks/results/gpu
 
-.PHONY: help setup setup-cluster demo test test-gpu lint check format bench bench-gpu builtins fuzz drill drill-curriculum drill-sky oracle bench-curriculum
+.PHONY: help setup setup-cluster setup-browser demo test test-gpu lint check format bench bench-gpu builtins fuzz drill drill-curriculum drill-sky oracle bench-curriculum
 
 help:
 	@echo "make demo     train against a built-in opponent for a minute and see who wins"
 	@echo "make test     all tests"
 	@echo "make setup-cluster   what their parts on Slurm and SkyPilot need; as root, on Debian"
+	@echo "make setup-browser   a Chromium for their parts on report and replay; as root, on Debian"
 	@echo "make test-gpu kernels, graphs and whole runs on a GPU, beside their plain twins"
 	@echo "make lint     format, lint, types, import floors"
 	@echo "make check    the same, and the fast tests"
@@ -33,8 +34,11 @@ setup: .venv/.ready
 	@touch $@
 
 setup-cluster: setup
-	tests/cluster/install.sh
+	tests/install.sh setup-cluster "munged slurmctld slurmd srun sbatch squeue scancel" "slurm-wlm munge"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-sky.txt
+
+setup-browser: setup
+	tests/install.sh setup-browser chromium "chromium fonts-dejavu-core"
 
 demo: setup
 	@$(BIN)/dual-policy demo
