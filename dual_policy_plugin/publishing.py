@@ -29,6 +29,7 @@ from dual_policy_plugin.npc.sources.http import with_retries
 from dual_policy_plugin.npc.uri import parse_uri, s3_name
 from dual_policy_plugin.run_directory import RunDirectory
 from dual_policy_plugin.run_state import STATE_NAME
+from dual_policy_plugin.waiting import waiting
 
 _STATE_NAME = "published.json"
 _OWNER = "publisher"
@@ -90,8 +91,9 @@ class Publisher:
             thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
             publisher.lanes.append(_Lane(destination=destination, arrived=arrived, thread=thread))
         try:
-            publisher.advance(run_epoch(run))
-            publisher.wait()
+            with waiting("publishing what an earlier start left"):
+                publisher.advance(run_epoch(run))
+                publisher.wait()
         except BaseException:
             publisher.close()
             raise
@@ -133,11 +135,12 @@ class Publisher:
             RunError: some of it could not be sent; it stands in the run directory.
         """
         newest = run_epoch(self.run)
-        for lane in self.lanes:
-            if lane.under_way is not None:
-                lane.under_way.exception()  # waits
-        self.advance(newest)
-        self.wait()
+        with waiting("publishing the last checkpoints"):
+            for lane in self.lanes:
+                if lane.under_way is not None:
+                    lane.under_way.exception()  # waits
+            self.advance(newest)
+            self.wait()
 
     def close(self) -> None:
         """Ends the threads; what is being sent at this moment still arrives."""

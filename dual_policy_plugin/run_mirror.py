@@ -38,6 +38,7 @@ from dual_policy_plugin.mirror.transfer import (
     take_snapshot,
 )
 from dual_policy_plugin.run_lock import check_unlocked
+from dual_policy_plugin.waiting import waiting
 
 _LAST_TRIES = 3
 """At the end of a run, each with the attempts of every request."""
@@ -91,7 +92,8 @@ class RunMirror:
         _check_apart(place, folder)
         check_unlocked(folder)
         lease = Lease(place)
-        lease.take()
+        with waiting(f"waiting for {place.where}"):
+            lease.take()
         try:
             place.clean_up()
             listed = read_list(place)
@@ -157,12 +159,13 @@ class RunMirror:
             StorageError: it did not arrive.
             RunError: the storage refuses it, or another machine has taken the run over.
         """
-        for attempt in range(_LAST_TRIES):
-            if attempt:
-                time.sleep(2.0**attempt)
-            self.advance()
-            if self.wait():
-                return
+        with waiting(f"sending the rest to {self._place.where}"):
+            for attempt in range(_LAST_TRIES):
+                if attempt:
+                    time.sleep(2.0**attempt)
+                self.advance()
+                if self.wait():
+                    return
         kind = StorageError if isinstance(self._error, StorageError) else RunError
         raise kind(f"{self._error}; the run is complete here, and the same command sends what is missing there")
 

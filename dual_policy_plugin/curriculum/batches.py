@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -12,6 +13,7 @@ from dual_policy_plugin.curriculum.request import SweepRequest
 from dual_policy_plugin.curriculum.state import Job
 from dual_policy_plugin.errors import DualPolicyError, RunError
 from dual_policy_plugin.slurm.errors import explain
+from dual_policy_plugin.waiting import waiting
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +36,12 @@ def launch_batch(request: SweepRequest, batch: Sequence[Job]) -> Exception | Non
     Raises:
         RunError: the launcher did not bring all of them to an end.
     """
+    numbers = f"job {batch[0].num}" if len(batch) == 1 else f"jobs {batch[0].num} to {batch[-1].num}"
+    # the basic launcher runs them in this process, where each has a view of its own
+    elsewhere = nullcontext() if request.launcher == "basic" else waiting(f"waiting for {numbers}")
     try:
-        returns = request.launch([job.overrides for job in batch], batch[0].num)
+        with elsewhere:
+            returns = request.launch([job.overrides for job in batch], batch[0].num)
     except (DualPolicyError, HydraException, OmegaConfBaseException):
         raise  # of what the user wrote; the command line has a line for it
     except Exception as error:

@@ -20,6 +20,7 @@ from dual_policy_plugin.errors import DualPolicyError, LaunchError, RunError
 from dual_policy_plugin.launch import sky_sdk
 from dual_policy_plugin.launch.sky_record import GONE, Entry, Record, digest_words, job_name
 from dual_policy_plugin.launch.sky_settings import SkyLauncherConfig
+from dual_policy_plugin.waiting import waiting
 
 UNREACHABLE_S = 1800.0
 """How long the queue may stay out of reach before a sweep gives up; the jobs go on meanwhile."""
@@ -75,25 +76,28 @@ def run_jobs(
         KeyboardInterrupt: the user ended it; what becomes of the jobs was asked and said.
     """
     outcomes: dict[int, Outcome] = {}
-    active, waiting = _take_up(jobs, record)
+    active, queued = _take_up(jobs, record)
     refused: DualPolicyError | None = None
     with _leaving([job.num for job in jobs], record):
-        while active or (waiting and refused is None):
-            while waiting and refused is None and len(active) < settings.max_parallel:
+        while active or (queued and refused is None):
+            while queued and refused is None and len(active) < settings.max_parallel:
                 try:
-                    active[waiting[0].num] = _launch(waiting[0], record, settings)
+                    active[queued[0].num] = _launch(queued[0], record, settings)
                 except LaunchError as error:
                     if not active and not outcomes:
                         raise
-                    log.warning("job %d: %s", waiting[0].num, error)
+                    log.warning("job %d: %s", queued[0].num, error)
                     refused = error
                 else:
-                    waiting.pop(0)
-            ended = _ended(active, record, sleep, settings.poll_s)
+                    queued.pop(0)
+            ended: dict[int, str] = {}
+            with waiting(f"waiting for {len(active)} jobs"):
+                while not ended:
+                    ended = _ended(active, record, sleep, settings.poll_s)
             for num, outcome in _take_results(ended, active, record, collect):
                 outcomes[num] = outcome
                 active.pop(num)
-    return outcomes | {job.num: refused for job in waiting}
+    return outcomes | {job.num: refused for job in queued}
 
 
 def _take_up(jobs: Sequence[SkyJob], record: Record) -> tuple[dict[int, SkyJob], list[SkyJob]]:

@@ -44,7 +44,7 @@ class S3Place:
                 return None
             size = int(answer["ContentLength"])
             try:
-                data = read_body(answer["Body"].read, size)
+                data = read_body(answer["Body"].read, size, f"{self.where}{name}")
             finally:
                 answer["Body"].close()
             if len(data) != size:

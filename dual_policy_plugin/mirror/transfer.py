@@ -35,6 +35,7 @@ from dual_policy_plugin.mirror.listing import (
     piece_name,
 )
 from dual_policy_plugin.mirror.places import Guard, Outdated, Place
+from dual_policy_plugin.waiting import waiting
 
 RESULT_NAME = "result.json"
 FIRST_NAME = "checkpoints/model_0000.safetensors"
@@ -230,10 +231,14 @@ def fetch_files(place: Place, listed: FileList, folder: Path) -> bool:
         except OSError as error:
             raise files.file_error(error, part, "created") from error
     whole = {name for name in listed.contents if PIECE_NAME.fullmatch(name) is None}
-    for name in sorted(whole - {STATE_NAME, *_COPIES}):
-        _publish(folder / name, _get_checked(place, listed, name))
-    for name in GROWING_NAMES:
-        _publish(folder / name, join_pieces(name, partial(_get_checked, place, listed)))
+    names = sorted(whole - {STATE_NAME, *_COPIES})
+    with waiting(f"fetching the files of {place.where}", len(names) + len(GROWING_NAMES)) as advance:
+        for name in names:
+            _publish(folder / name, _get_checked(place, listed, name))
+            advance(1)
+        for name in GROWING_NAMES:
+            _publish(folder / name, join_pieces(name, partial(_get_checked, place, listed)))
+            advance(1)
     if local >= 0:
         _remove_old(folder, listed)
     files.publish(folder / STATE_NAME, state)

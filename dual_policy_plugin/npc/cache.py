@@ -27,6 +27,7 @@ from pathlib import Path
 
 from dual_policy_plugin.errors import ConfigError, NpcError
 from dual_policy_plugin.npc.holds import Hold, is_live, locked, unlink
+from dual_policy_plugin.waiting import waiting
 
 ROOT_VARIABLE = "DUAL_POLICY_CACHE"
 SIZE_VARIABLE = "DUAL_POLICY_CACHE_GB"
@@ -174,17 +175,19 @@ class Cache:
         """Hashes everything; gives how many are whole and the digests that were not, which are removed."""
         bad = []
         paths = self._files("blobs")
-        for path in paths:
-            try:
-                with path.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-            except FileNotFoundError:
-                continue  # evicted by another process
-            except OSError:
-                digest = ""
-            if digest != path.name:
-                bad.append(path.name)
-                self._drop(path.name)
+        with waiting("hashing what is in the cache", len(paths)) as advance:
+            for path in paths:
+                advance(1)
+                try:
+                    with path.open("rb") as file:
+                        digest = hashlib.file_digest(file, "sha256").hexdigest()
+                except FileNotFoundError:
+                    continue  # evicted by another process
+                except OSError:
+                    digest = ""
+                if digest != path.name:
+                    bad.append(path.name)
+                    self._drop(path.name)
         return len(paths) - len(bad), bad
 
     def hold(self, digests: Iterable[str]) -> Hold:
@@ -194,7 +197,9 @@ class Cache:
     @contextlib.contextmanager
     def fetching(self, key: str) -> Iterator[None]:
         """Lets one process at a time fetch a URI; the others wait (WAIT_S at most) and find it here afterwards."""
-        with locked(self.root / "locks" / _hash(key), fcntl.LOCK_EX, WAIT_S):
+        with contextlib.ExitStack() as stack:
+            with waiting(f"waiting for the process that fetches {key.partition('#')[0]}"):
+                stack.enter_context(locked(self.root / "locks" / _hash(key), fcntl.LOCK_EX, WAIT_S))
             yield
 
     def _note(self, key: str) -> Path:

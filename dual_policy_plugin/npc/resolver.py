@@ -23,6 +23,7 @@ from dual_policy_plugin.npc.selector import select
 from dual_policy_plugin.npc.sources import SOURCES
 from dual_policy_plugin.npc.sources.local import file_digest, unreadable
 from dual_policy_plugin.npc.uri import parse_uri
+from dual_policy_plugin.waiting import waiting
 
 SCRIPT_VERSION = 1
 """Raised when a scripted builtin plays another way; part of what stands in for its digest."""
@@ -87,9 +88,10 @@ def choose(source: PolicySource, *, seed: int, base: Path | None = None) -> list
     """The candidates that a source means now; nothing is fetched."""
     uri = parse_uri(source.uri)
     of_scheme = SOURCES[uri.scheme]
-    is_one = source.type == "specific"
+    with waiting(f"looking up {source.uri}"):
+        found = [of_scheme.find(uri, base)] if source.type == "specific" else of_scheme.collection(uri, base)
     return select(
-        [of_scheme.find(uri, base)] if is_one else of_scheme.collection(uri, base),
+        found,
         type=source.type,
         range=source.range,
         metric=source.metric,
@@ -112,11 +114,13 @@ def pin(candidate: Candidate, *, name: str, requested: str, cache: Cache | None 
         digest, num_bytes = hashlib.sha256(f"{candidate.uri}@{SCRIPT_VERSION}".encode()).hexdigest(), 0
     elif candidate.path is not None:
         try:
-            digest, num_bytes = file_digest(candidate.path), candidate.path.stat().st_size
+            with waiting(f"hashing {candidate.uri}"):
+                digest, num_bytes = file_digest(candidate.path), candidate.path.stat().st_size
         except OSError as error:
             raise unreadable(candidate.uri, error) from error
     else:
-        digest, num_bytes = _digest_of_remote(candidate, cache or Cache())
+        with waiting(f"fetching {candidate.uri}"):
+            digest, num_bytes = _digest_of_remote(candidate, cache or Cache())
     return PinnedPolicy(
         name=name,
         requested=requested,
@@ -151,7 +155,7 @@ def read_verified(pinned: PinnedPolicy, *, cache: Cache | None = None) -> bytes:
     if cached is not None:
         return cached
     uri = parse_uri(pinned.uri)
-    with cache.fetching(pinned.uri):
+    with waiting(f"fetching {pinned.uri}"), cache.fetching(pinned.uri):
         cached = cache.get("", pinned.sha256)  # another process may have fetched it while this one waited
         if cached is not None:
             return cached

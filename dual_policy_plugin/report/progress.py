@@ -7,10 +7,9 @@ messages and anything printed appear above it.
 
 from __future__ import annotations
 
-import logging
-import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
@@ -31,6 +30,7 @@ from dual_policy_plugin.report.figures import (
     format_rate,
     sparkline,
 )
+from dual_policy_plugin.waiting import current_line, move_log_streams, panel_shows_waits, restore_log_streams
 
 _REFRESHES_PER_S = 4
 _LINE_INTERVAL_S = 10.0
@@ -83,7 +83,7 @@ class Progress:
         self._clock = clock
         self._is_live = self._console.is_terminal and not self._console.is_dumb_terminal
         self._live: Live | None = None
-        self._streams: list[tuple[logging.StreamHandler, object]] = []  # type: ignore[type-arg]
+        self._stack = ExitStack()
         self._seen: dict[str, float] = {}
         self._iteration = 0
         self._checkpoint = ""
@@ -98,28 +98,22 @@ class Progress:
         """Draws the panel, if there is a terminal, and lets log messages go above it."""
         self._start = self._clock()
         if self._is_live:
-            streams = (sys.stdout, sys.stderr)
             self._live = Live(
                 get_renderable=self._panel,
                 console=self._console,
                 refresh_per_second=_REFRESHES_PER_S,
                 vertical_overflow="crop",
             )
+            self._stack.enter_context(panel_shows_waits())
             self._live.start(refresh=True)
-            for handler in logging.getLogger().handlers:
-                # Hydra's and logging's own handlers hold the stream of before; Live has put its own in its place
-                if isinstance(handler, logging.StreamHandler) and handler.stream in streams:
-                    new = sys.stdout if handler.stream is streams[0] else sys.stderr
-                    self._streams.append((handler, handler.setStream(new)))
+            self._stack.callback(restore_log_streams, move_log_streams())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Draws the last state and leaves it on the screen."""
-        for handler, stream in self._streams:
-            handler.setStream(stream)
-        self._streams.clear()
+        self._stack.close()
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -218,6 +212,8 @@ class Progress:
         if cost := self._cost():
             rows.add_row("cost", cost)
         rows.add_row("checkpoint", self._checkpoint or "none yet")
+        if waits := current_line():
+            rows.add_row("waiting", Text(waits))
         return Panel(Group(rows), title=self._heading(width - 6), title_align="left", width=width, border_style="dim")
 
     def _heading(self, width: int) -> Text:

@@ -16,6 +16,7 @@ from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
 
 from dual_policy_plugin.errors import LaunchError
 from dual_policy_plugin.slurm.errors import remove_submission
+from dual_policy_plugin.waiting import waiting
 
 FINAL = {
     "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "REVOKED",
@@ -40,12 +41,17 @@ class SlurmStates(SlurmInfoWatcher):
     def __init__(self) -> None:
         super().__init__(delay_s=_MAX_DELAY_S)
         self._reasons: dict[str, str] = {}
+        self._shown: contextlib.ExitStack | None = None  # while there are jobs to wait for
 
     def update(self) -> None:
         """Notes the states of all jobs that have not ended, and logs those that changed."""
         jobs = self._registered - self._finished
         if not jobs:
+            self.end_wait()
             return
+        if self._shown is None:
+            self._shown = contextlib.ExitStack()
+            self._shown.enter_context(waiting(f"waiting for {len(jobs)} Slurm job{'s' * (len(jobs) > 1)}"))
         self._num_calls += 1
         listed = _ask_squeue(jobs)
         self._last_status_check = time.time()
@@ -56,6 +62,14 @@ class SlurmStates(SlurmInfoWatcher):
         for job, (state, reason) in sorted(listed.items()):
             if job in jobs:
                 self._note(job, state, reason)
+        if self._registered == self._finished:
+            self.end_wait()
+
+    def end_wait(self) -> None:
+        """Shows no more that jobs are waited for."""
+        if self._shown is not None:
+            self._shown.close()
+            self._shown = None
 
     def is_done(self, job_id: str, mode: str = "standard") -> bool:
         """Whether the job has come to an end that it does not leave by itself."""
@@ -128,4 +142,5 @@ def watched_jobs() -> Iterator[None]:
             _log.warning("the Slurm jobs %s go on; `scancel %s` ends them", ", ".join(jobs), numbers)
         raise
     finally:
+        states.end_wait()
         SlurmJob.watcher = before

@@ -269,7 +269,7 @@ def test_an_error_in_the_loop_leaves_the_terminal_as_it_was(monkeypatch: pytest.
     end = time.monotonic() + 5
     while threading.active_count() > num_threads and time.monotonic() < end:
         time.sleep(0.01)  # rich does not wait for its thread
-    assert threading.active_count() == num_threads
+    assert threading.active_count() <= num_threads  # one of an earlier test may have ended meanwhile
     assert written(console).rstrip().endswith("\x1b[?25h")  # the cursor is back
 
 

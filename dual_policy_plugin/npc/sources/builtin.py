@@ -26,11 +26,16 @@ def find(uri: NpcUri, base: Path | None, *, root: Path = ROOT) -> Candidate:
     path = root / env / f"{name}.safetensors"
     if path.is_file():
         return replace(local.describe(path), name=name, uri=text, created="")
-    known = [f"{env}/{script}" for env, scripts in SCRIPTS.items() for script in scripts]
-    known += [f"{path.parent.name}/{path.stem}" for path in sorted(root.glob("*/*.safetensors"))]
+    known = known_names(root)
     near = difflib.get_close_matches(uri.path, known, n=1)
     mend = f"did you mean builtin://{near[0]}? " if near else ""
     raise NpcNotFoundError(f"{uri.text}: no such builtin; {mend}there are {', '.join(known)}")
+
+
+def known_names(root: Path = ROOT) -> list[str]:
+    """<env>/<name> of each policy that comes with the package; scripts first."""
+    scripts = [f"{env}/{script}" for env, scripts in SCRIPTS.items() for script in scripts]
+    return scripts + [f"{path.parent.name}/{path.stem}" for path in sorted(root.glob("*/*.safetensors"))]
 
 
 def collection(uri: NpcUri, base: Path | None) -> list[Candidate]:

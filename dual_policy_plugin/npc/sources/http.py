@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from dual_policy_plugin.errors import NpcError
+from dual_policy_plugin.waiting import waiting
 
 MAX_BYTES = 16 * 1024**3
 CHUNK_BYTES = 1 << 20
@@ -135,29 +136,33 @@ def md5_hex(text: str) -> str:
     return ""
 
 
-def read_body(chunks: Callable[[int], bytes], num_bytes: int) -> bytes:
+def read_body(chunks: Callable[[int], bytes], num_bytes: int, what: str) -> bytes:
     """All bytes of a body, at most one more than `num_bytes`; Transient where it comes too slowly.
 
     Args:
         chunks: gives up to so many further bytes, none at the end.
         num_bytes: how many are expected.
+        what: it is, for whoever waits.
     """
     end = time.monotonic() + 60 + num_bytes / SLOWEST_BYTES_PER_S
     body = bytearray()
-    while len(body) <= num_bytes and (chunk := chunks(min(CHUNK_BYTES, num_bytes + 1 - len(body)))):
-        body += chunk
-        if time.monotonic() > end:
-            raise Transient(f"only {len(body)} of {num_bytes} bytes arrived in time")
+    with waiting(f"fetching {what}", num_bytes, unit="B") as advance:
+        while len(body) <= num_bytes and (chunk := chunks(min(CHUNK_BYTES, num_bytes + 1 - len(body)))):
+            body += chunk
+            advance(len(chunk))
+            if time.monotonic() > end:
+                raise Transient(f"only {len(body)} of {num_bytes} bytes arrived in time")
     return bytes(body)
 
 
-def get_signed(url: str, *, num_bytes: int, service: str) -> bytes:
+def get_signed(url: str, *, num_bytes: int, service: str, what: str) -> bytes:
     """The bytes behind a signed URL that the configured service gave out; no redirect is followed.
 
     Args:
         url: it is a secret: it stands in no message.
         num_bytes: how many are expected; at most one more is read.
         service: the configured service's own URL.
+        what: it is, for whoever waits.
 
     Raises:
         Transient: it failed in a way that may pass.
@@ -177,7 +182,7 @@ def get_signed(url: str, *, num_bytes: int, service: str) -> bytes:
             ) as response:
                 if response.status_code != 200:
                     raise Transient(f"the file's storage answered with status {response.status_code}")
-                return read_body(lambda size: bytes(response.raw.read(size)), num_bytes)
+                return read_body(lambda size: bytes(response.raw.read(size)), num_bytes, what)
     except (requests.RequestException, OSError) as error:
         raise Transient(f"the connection failed ({type(error).__name__})") from None
     except Exception as error:

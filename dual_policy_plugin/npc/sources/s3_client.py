@@ -99,7 +99,7 @@ def get_range(name: S3Name, start: int, stop: int, *, etag: str, where: str) -> 
                 return b"", client().head_object(**arguments)  # it is empty
             try:
                 wanted = min(stop, size_of(answer)) - start
-                data = read_body(answer["Body"].read, wanted)
+                data = read_body(answer["Body"].read, wanted, where)
             finally:
                 answer["Body"].close()
         if len(data) != wanted:

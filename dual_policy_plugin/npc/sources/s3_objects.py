@@ -105,7 +105,7 @@ def _read(name: S3Name, candidate: Candidate) -> tuple[bytes, bool]:
             num_bytes = candidate.num_bytes or int(answer["ContentLength"])
             if num_bytes > http.MAX_BYTES:
                 raise NpcError(f"{candidate.uri} has {num_bytes} bytes; a policy has at most {http.MAX_BYTES}")
-            data = read_body(answer["Body"].read, num_bytes)
+            data = read_body(answer["Body"].read, num_bytes, candidate.uri)
         finally:
             answer["Body"].close()
     sha256 = str(answer.get("Metadata", {}).get(SHA256_KEY, ""))

@@ -116,7 +116,8 @@ def fetch(candidate: Candidate) -> bytes:
             raise DigestError(f"{candidate.uri}: this version holds another file than when it was found")
         if num_bytes > http.MAX_BYTES:
             raise NpcError(f"{candidate.uri} has {num_bytes} bytes; a policy has at most {http.MAX_BYTES}")
-        data = http.get_signed(str(file.direct_url), num_bytes=num_bytes, service=str(api.settings["base_url"]))
+        service = str(api.settings["base_url"])
+        data = http.get_signed(str(file.direct_url), num_bytes=num_bytes, service=service, what=candidate.uri)
         return data, http.check_bytes(data, num_bytes=num_bytes, md5=md5)
 
     return read_checked(read, _failed(candidate.uri))
