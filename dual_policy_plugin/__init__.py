@@ -25,7 +25,10 @@ from dual_policy_plugin.errors import (
 if TYPE_CHECKING:
     from dual_policy_plugin.config_dual_policy import load_dual_policy
     from dual_policy_plugin.config_loading import load_config
+    from dual_policy_plugin.dual_policy import DualPolicy
+    from dual_policy_plugin.foreign.spaces import save_policy
     from dual_policy_plugin.policies.loading import load_policy_from_checkpoint
+    from dual_policy_plugin.types import ObservationSpace
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,21 +36,27 @@ __all__ = [
     "ConfigError",
     "DigestError",
     "DivergedError",
+    "DualPolicy",
     "DualPolicyError",
     "EnvError",
     "NpcError",
     "NpcNotFoundError",
+    "ObservationSpace",
     "RunError",
     "SpacesError",
     "load_config",
     "load_dual_policy",
     "load_policy_from_checkpoint",
+    "save_policy",
 ]
 
 _LAZY = {
+    "DualPolicy": "dual_policy_plugin.dual_policy",
+    "ObservationSpace": "dual_policy_plugin.types",
     "load_config": "dual_policy_plugin.config_loading",
     "load_dual_policy": "dual_policy_plugin.config_dual_policy",
     "load_policy_from_checkpoint": "dual_policy_plugin.policies.loading",
+    "save_policy": "dual_policy_plugin.foreign.spaces",
 }
 
 

@@ -1,16 +1,19 @@
 """From an architecture's name and arguments to a module; the one table of architectures.
 
 Names beyond the table come from installed packages through the entry-point group `dual_policy.policies`: a callable
-`(observation_space, actions, **args) -> nn.Module` that follows the Policy protocol. Nothing is ever imported by a
-path that stands in a config or a checkpoint.
+`(observation_space, actions, **args) -> nn.Module` that follows the Policy protocol; or from the running program, which
+hands such callables over itself. Nothing is ever imported by a path that stands in a config or a checkpoint.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.metadata import entry_points
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,6 +26,26 @@ from dual_policy_plugin.types import ObservationSpace
 
 ENTRY_POINT_GROUP = "dual_policy.policies"
 _TABLE: dict[str, Callable[..., nn.Module]] = {"fast": FastPolicy, "mlp": MlpPolicy, **SCRIPTED}
+_GIVEN: ContextVar[Mapping[str, Callable[..., nn.Module]]] = ContextVar("_GIVEN", default=MappingProxyType({}))
+
+
+@contextmanager
+def given_architectures(architectures: Mapping[str, Callable[..., nn.Module]]) -> Iterator[None]:
+    """Inside it, these names are known too: constructors that the running program holds, no texts that name some.
+
+    Raises:
+        ConfigError: a name of ours, or one whose value cannot be called.
+    """
+    for name, constructor in architectures.items():
+        if name in _TABLE:
+            raise ConfigError(f"architectures has the name {name}, which is an architecture of this package; rename it")
+        if not callable(constructor):
+            raise ConfigError(f"architectures[{name!r}] is no callable (observation_space, actions, **args); give one")
+    token = _GIVEN.set(architectures)
+    try:
+        yield
+    finally:
+        _GIVEN.reset(token)
 
 
 def architecture(name: str) -> Callable[..., nn.Module]:
@@ -33,11 +56,14 @@ def architecture(name: str) -> Callable[..., nn.Module]:
     """
     if name in _TABLE:
         return _TABLE[name]
+    given = _GIVEN.get()
+    if name in given:
+        return given[name]
     installed = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
     if name in installed:
         constructor: Callable[..., nn.Module] = installed[name].load()
         return constructor
-    known = sorted([*_TABLE, *installed])
+    known = sorted({*_TABLE, *given, *installed})
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError(f"agent={name} is not known; {hint}there are {', '.join(known)}")

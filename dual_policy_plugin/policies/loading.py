@@ -6,7 +6,7 @@ numbers that are not finite, a net that does not answer as the Policy protocol s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from dual_policy_plugin.errors import CheckpointError, ConfigError, SpacesError
 from dual_policy_plugin.files import publish
 from dual_policy_plugin.npc.resolver import PinnedPolicy, read_verified, resolve
 from dual_policy_plugin.policies.binding import BoundPolicy, bind_policy
-from dual_policy_plugin.policies.build import build_policy
+from dual_policy_plugin.policies.build import build_policy, given_architectures
+from dual_policy_plugin.policies.memoryless import with_forward_step
 from dual_policy_plugin.torch_file import decode_state_dict, strip_wrappers
 from dual_policy_plugin.types import ObservationSpace
 
@@ -71,7 +72,8 @@ def load_policy(
             file = decode_policy(data, pinned.uri)
             policy = _bind_file(file, observation_space, actions, pinned.uri)
         else:
-            policy = _load_state_dict(data, pinned.uri, default_agent, default_args, observation_space, actions)
+            net = _load_state_dict(data, pinned.uri, default_agent, default_args, observation_space, actions)
+            policy = with_forward_step(net)
     return _freeze(policy, observation_space, actions, device, compute_dtype, pinned.uri)
 
 
@@ -83,6 +85,7 @@ def load_policy_from_checkpoint(
     actions: tuple[str, ...] | None = None,
     agent: str | None = None,
     agent_args: dict[str, Any] | None = None,
+    architectures: Mapping[str, Callable[..., nn.Module]] | None = None,
 ) -> nn.Module:
     """The policy at `uri` as an `nn.Module` in eval mode without gradients; it acts by `forward_step`.
 
@@ -93,6 +96,7 @@ def load_policy_from_checkpoint(
         actions: names of the actions, likewise.
         agent: architecture of a `.pt` file; other files name their own.
         agent_args: arguments of that architecture.
+        architectures: name -> callable (observation_space, actions, **args) -> nn.Module, for nets of your own.
 
     Raises:
         NpcError: nothing stands there, or it cannot be read.
@@ -105,7 +109,8 @@ def load_policy_from_checkpoint(
     if pinned.script is None and _is_safetensors(data, pinned):
         file = decode_policy(data, pinned.uri)
         space, names = observation_space or file.observation_space, actions or file.actions
-        policy = _bind_file(file, space, names, pinned.uri)
+        with given_architectures(architectures or {}):
+            policy = _bind_file(file, space, names, pinned.uri)
         return _freeze(policy, space, names, place, torch.float32, pinned.uri)
     missing = [key for key, value in (("observation_space", observation_space), ("actions", actions)) if value is None]
     if pinned.script is None and agent is None:
@@ -113,14 +118,15 @@ def load_policy_from_checkpoint(
     if observation_space is None or actions is None or missing:
         kind = "a script" if pinned.script is not None else "no policy file of this package"
         raise ConfigError(f"{uri} is {kind} and does not say what it is made for; pass {', '.join(missing)}")
-    return load_policy(
-        pinned,
-        observation_space=observation_space,
-        actions=actions,
-        default_agent=agent or "",
-        default_args=agent_args or {},
-        device=place,
-    )
+    with given_architectures(architectures or {}):
+        return load_policy(
+            pinned,
+            observation_space=observation_space,
+            actions=actions,
+            default_agent=agent or "",
+            default_args=agent_args or {},
+            device=place,
+        )
 
 
 def read_description(pinned: PinnedPolicy) -> PolicyFile | None:
@@ -215,7 +221,7 @@ def _bind_file(file: PolicyFile, space: ObservationSpace, actions: tuple[str, ..
         _check_shapes(shapes, _shapes(file.tensors), where)
     policy = _load_tensors(_build(file, where), file.tensors, where)
     return bind_policy(
-        policy,
+        with_forward_step(policy),
         own_space=file.observation_space,
         own_actions=file.actions,
         env_space=space,
