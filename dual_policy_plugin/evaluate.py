@@ -18,7 +18,14 @@ from dual_policy_plugin.devices import check_triton
 from dual_policy_plugin.envs.build import make_env
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.evaluation.cross_play import CrossPlay, split_sides, summarise
-from dual_policy_plugin.evaluation.matches import MakeEnv, MatchResult, match_result, play_pairings, seatings_of
+from dual_policy_plugin.evaluation.matches import (
+    MakeEnv,
+    MatchResult,
+    eval_metrics,
+    match_result,
+    play_pairings,
+    seatings_of,
+)
 from dual_policy_plugin.npc.resolver import PinnedPolicy
 from dual_policy_plugin.policies.build import compute_dtype
 from dual_policy_plugin.policies.npcs import load_npc
@@ -81,6 +88,7 @@ def evaluate_pinned(
     episodes: int,
     seed: int,
     device: torch.device,
+    watch: Callable[[VecEnv], VecEnv] | None = None,
 ) -> list[MatchResult]:
     """Plays a pinned policy, on the learner's seats of the config, against each opponent.
 
@@ -91,6 +99,7 @@ def evaluate_pinned(
         episodes: per opponent at least, half of them with the seats swapped where the env's seats allow it.
         seed: of the episodes and of all draws; equal seeds are equal games.
         device: where they act.
+        watch: what to play on in place of the envs that were made: an env around them that notes what happens.
 
     Raises:
         DualPolicyError: a policy cannot be had, or does not fit the env; or the seats cannot be split so.
@@ -104,7 +113,7 @@ def evaluate_pinned(
         )
     npcs = load_pinned([policy, *opponents], spec, config, device)
     seatings = seatings_of(split, spec)
-    return _play_against(npcs, seatings, config, episodes=episodes, seed=seed, device=device)
+    return _play_against(npcs, seatings, config, episodes=episodes, seed=seed, device=device, watch=watch)
 
 
 def cross_play(
@@ -184,13 +193,15 @@ def _play_against(
     seed: int,
     device: torch.device,
     make_host: Callable[..., Any] | None = None,
+    watch: Callable[[VecEnv], VecEnv] | None = None,
 ) -> list[MatchResult]:
     """The results of the first policy against each of the others."""
     opponents = policies[1:]
+    make = _env_maker(config, device, make_host)
     records = play_pairings(
         policies,
         [(0, 1 + k) for k in range(len(opponents))],
-        _env_maker(config, device, make_host),
+        make if watch is None else lambda numbers: watch(make(numbers)),
         seatings,
         episodes=episodes,
         seed=seed,
@@ -202,8 +213,4 @@ def _play_against(
 
 def as_metrics(results: list[MatchResult]) -> dict[str, float]:
     """The figures of an evaluation by their metric names."""
-    metrics = {}
-    for result in results:
-        for name in ("win_rate", "low", "high", "episodes"):
-            metrics[f"evals/{result.opponent}/{name}"] = float(getattr(result, name))
-    return metrics
+    return eval_metrics([result.as_dict() for result in results])

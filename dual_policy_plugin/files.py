@@ -15,6 +15,7 @@ import json
 import math
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -51,6 +52,23 @@ def file_error(error: OSError, path: Path, what: str) -> RunError:
     reason = error.strerror or type(error).__name__
     mend = _MENDS.get(error.errno or 0, "see that the folder exists and can be written")
     return RunError(f"{path} could not be {what}: {reason}; {mend}")
+
+
+def check_writable(path: Path) -> None:
+    """Raises unless a file could be written there: before the hours of work whose result it is to hold.
+
+    Raises:
+        RunError: it is a folder, or in none, or in one that cannot be written.
+    """
+    if path.is_dir():
+        raise RunError(f"{path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise RunError(f"{path} cannot be written: there is no folder {path.parent}; make it, or choose another file")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror}; choose another file") from error
 
 
 def publish(path: Path, data: bytes, *, around: AbstractContextManager[object] | None = None) -> None:

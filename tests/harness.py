@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +22,16 @@ from dual_policy_plugin.rollout.mixed_policy import MixedPolicy
 from dual_policy_plugin.types import EnvSpec, ObservationSpace, StepResult, VecEnv
 
 CPU = torch.device("cpu")
+
+
+@contextmanager
+def logging_as_it_was() -> Iterator[None]:
+    """Takes back what a command of ours does to the root logger: its handlers write to a stream that will be closed."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 class MemoryTask:

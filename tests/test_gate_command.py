@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dual_policy_plugin.cli import main
+from tests.harness import logging_as_it_was
 
 FORAGER, RANDOM = "builtin://arena/forager", "builtin://arena/random"
 SMALL = [
@@ -22,11 +23,8 @@ SMALL = [
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A folder of its own as cwd; log handlers and level as they were."""
     monkeypatch.chdir(tmp_path)
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    with logging_as_it_was():
+        yield
     assert list(tmp_path.iterdir()) == []
 
 

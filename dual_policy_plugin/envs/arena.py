@@ -86,6 +86,8 @@ class Arena:
     use_kernels: bool = False
     """Whether `step` and `observe` are the kernels of `kernels/arena.py`, bit-equal to the torch ops here. For CUDA
     (or Triton's interpreter); set it before `reset`."""
+    stays_ended: bool = False
+    """Whether an ended episode stays as it is, to be looked at, and no next one begins; not with `use_kernels`."""
 
     def __init__(
         self,
@@ -293,7 +295,9 @@ class Arena:
         self.steps_left.sub_(1)
         torch.logical_not(self.steps_left, out=ends)
         self.result.dones.copy_(ends[:, None])
-        if self._fixed_shapes:
+        if self.stays_ended:
+            self.final_totals.copy_(self.totals.permute(1, 2, 0))
+        elif self._fixed_shapes:
             ids = self.due.index_select(0, self.tick)[0]  # (K,)
             self.tick.add_(1).remainder_(self.config.episode_steps)
             self.final_totals.copy_(self.totals.permute(1, 2, 0))

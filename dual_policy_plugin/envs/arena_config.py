@@ -32,7 +32,9 @@ class ArenaConfig:
     width: int = 14
     """Cells from west to east inside the border wall."""
     mines: int = 4
+    """Cells that give ore."""
     altars: int = 4
+    """Cells that turn one ore into one heart."""
     walls: int = 10
     """Single wall cells inside the border."""
     altar_stock: int = 12

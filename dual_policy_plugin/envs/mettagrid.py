@@ -44,12 +44,15 @@ class MettagridConfig:
     """`env.args` of env.name=mettagrid."""
 
     num_agents: int = 8
+    """Seats per env."""
     size: int = 16
     """Rows and columns inside the outer wall."""
     steps: int = 256
     """Length of an episode."""
     mines: int = 6
+    """Cells that give ore."""
     altars: int = 4
+    """Cells that turn one ore into one heart."""
     walls: int = 10
     """Single wall cells inside."""
     hearts: int = 16

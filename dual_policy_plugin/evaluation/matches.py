@@ -6,7 +6,8 @@ seed and number alone, so every pairing sees the same maps and starts from each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from dual_policy_plugin.policies.pool import Npc, NpcPool, zero_rows
 from dual_policy_plugin.rollout.assignment import Assignment
 from dual_policy_plugin.rollout.episode_metrics import win_shares
 from dual_policy_plugin.types import EnvSpec, VecEnv
+from dual_policy_plugin.waiting import Advance, waiting
 
 CHECK_EVERY = 16  # steps between looks at whether all first episodes have ended
 
@@ -72,6 +74,12 @@ class MatchResult:
     def as_dict(self) -> dict[str, Any]:
         """For result.json."""
         return asdict(self)
+
+
+def eval_metrics(evals: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The figures of results as result.json has them, by their metric names."""
+    names = ("win_rate", "low", "high", "episodes")
+    return {f"evals/{one['opponent']}/{name}": float(one[name]) for one in evals for name in names}
 
 
 def match_result(record: PairingRecord, opponent: str) -> MatchResult:
@@ -141,20 +149,21 @@ def play_pairings(
     sums = torch.zeros(len(pairings), 4, dtype=torch.float64)  # wins, draws, the two sides' mean returns
     # the wins of every episode, its seatings together
     wins_of = torch.zeros(plan.num_rounds, len(pairings), plan.envs_per_block, dtype=torch.float64)
-    try:
+    num_groups = -(-len(blocks) // plan.num_blocks)
+    what = f"playing {len(pairings)} x {episodes} episodes" if len(pairings) > 1 else f"playing {episodes} episodes"
+    num_steps = num_groups * plan.num_rounds * env.spec.max_episode_steps
+    with closing(env), waiting(what, num_steps) as advance:
         for start in range(0, len(blocks), plan.num_blocks):
             group = blocks[start : start + plan.num_blocks]
             table = _seat_table(group, plan, pairings, seatings)
             actors = Actors(policies, table.policy_of_seat.flatten(), device, are_pooled=device.type == "cpu")
             for i in range(plan.num_rounds):
                 round_seed = int(rng.hash32(seed, i)) & rng.LOW_31_BITS
-                outcome = _play_round(env, actors, round_seed, plan.envs_per_block, device)
+                outcome = _play_round(env, actors, round_seed, plan.envs_per_block, device, advance)
                 figures = _figures(*outcome, table.is_first).view(plan.num_blocks, plan.envs_per_block, 4)[: len(group)]
                 pairing_of_block = torch.tensor([pairing for pairing, _ in group])
                 sums.index_add_(0, pairing_of_block, figures.sum(dim=1))
                 wins_of[i].index_add_(0, pairing_of_block, figures[:, :, 0])
-    finally:
-        env.close()
     played = plan.num_rounds * plan.envs_per_block * len(seatings)
     effective = effective_episodes(wins_of.transpose(0, 1).flatten(1) / len(seatings), len(seatings))
     return [
@@ -280,9 +289,9 @@ class Actors:
 
 @torch.no_grad()
 def _play_round(
-    env: VecEnv, actors: Actors, seed: int, envs_per_block: int, device: torch.device
+    env: VecEnv, actors: Actors, seed: int, envs_per_block: int, device: torch.device, advance: Advance
 ) -> tuple[Tensor, Tensor | None]:
-    """Steps until every env has ended its first episode.
+    """Steps until every env has ended its first episode; advances by the env's longest episode in all.
 
     Returns:
         (num_envs, num_agents) float64 returns of the first episodes, and the env's own scores of them or None; on the
@@ -308,7 +317,9 @@ def _play_round(
                 scores = torch.where(is_running, result.scores, 0.0 if scores is None else scores)
             is_running &= ~result.episode_ends.unsqueeze(1)
             actors.end_step(result.dones.flatten())
+        advance(num_steps)
         if not bool(is_running.any()):
+            advance(spec.max_episode_steps - start - num_steps)
             break
     assert not bool(is_running.any()), "an episode was longer than the env's max_episode_steps"
     return returns.cpu(), None if scores is None else scores.cpu()

@@ -1,0 +1,96 @@
+"""What a replay takes from the run that made its policy: the env and the seats, and whom it played against."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dual_policy_plugin.composition import text_override
+from dual_policy_plugin.errors import ConfigError, RunError
+from dual_policy_plugin.npc.lock import pin_locked, read_lock
+from dual_policy_plugin.npc.resolver import PinnedPolicy
+from dual_policy_plugin.policies.npcs import LOCK_NAME
+from dual_policy_plugin.replay.record import MAKE_FRAMES
+
+CONFIG_NAME = "config.yaml"
+
+
+def run_of(policy: PinnedPolicy) -> Path | None:
+    """The run directory that a policy's file stands in; None where it stands in none."""
+    if policy.path is None or policy.path.parent.name != "checkpoints":
+        return None
+    run = policy.path.parent.parent
+    return run if (run / CONFIG_NAME).is_file() else None
+
+
+def run_words(run: Path, overrides: Sequence[str]) -> list[str]:
+    """The run's env, seats and seed as overrides, but for what the user's own overrides say otherwise.
+
+    Raises:
+        RunError: its config.yaml cannot be read.
+    """
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(run / CONFIG_NAME), resolve=False)
+    except (OSError, yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise RunError(f"{run / CONFIG_NAME} cannot be read ({type(error).__name__}); restore it") from error
+    env, dual = _node(loaded, "env"), _node(_node(loaded, "trainer"), "dual_policy")
+    values: dict[str, Any] = {}
+    name = env.pop("name", "arena")
+    if name not in MAKE_FRAMES:
+        values["env.name"] = name
+    elif name != "arena":
+        values["env"] = name
+    if name in MAKE_FRAMES:
+        values |= {f"env.{key}": value for key, value in env.items()}
+    pct = dual.get("training_agents_pct") or dual.get("policy_a_percentage")
+    if isinstance(pct, float | int) and pct < 1:
+        values["trainer.dual_policy.training_agents_pct"] = pct
+        values["trainer.dual_policy.assignment"] = dual.get("assignment")
+    values["seed"] = loaded.get("seed") if isinstance(loaded, dict) else None
+    said = {word.partition("=")[0].lstrip("+") for word in overrides}
+    return [
+        _word(key, value)
+        for key, value in values.items()
+        if value is not None and key not in said and not ("env" in said and key.partition(".")[0] == "env")
+    ]
+
+
+def with_split(words: list[str]) -> list[str]:
+    """The words with the config's own NPC switched off where one splits the seats: who plays is not said there."""
+    keys = {word.partition("=")[0].lstrip("+") for word in words}
+    is_split = any(key.startswith("trainer.dual_policy.") for key in keys)
+    is_said = "dual_policy" in keys or "trainer.dual_policy.enabled" in keys
+    return [*words, "trainer.dual_policy.enabled=false"] if is_split and not is_said else words
+
+
+def first_npc(run: Path) -> tuple[PinnedPolicy, int]:
+    """The first NPC of a run, as its lock pins it, and how many there are.
+
+    Raises:
+        ConfigError: the run has no NPC; names the mend.
+        NpcError: the lock cannot be read, or other bytes stand there now.
+    """
+    path = run / LOCK_NAME
+    lock = read_lock(path) if path.is_file() else ()
+    npcs = [entry for entry in lock if entry.role == "npc"]
+    if not npcs:
+        raise ConfigError(
+            f"{run} has locked no NPC; name whom to play against, for example --npc builtin://arena/medium"
+        )
+    return pin_locked(lock, npcs[0].requested)[0], len(npcs)
+
+
+def _node(node: Any, name: str) -> dict[str, Any]:
+    """A copy of the mapping under a name; an empty one where there is none."""
+    child = node.get(name) if isinstance(node, dict) else None
+    return dict(child) if isinstance(child, dict) else {}
+
+
+def _word(key: str, value: Any) -> str:
+    return text_override(key, value) if isinstance(value, str) else f"{key}={json.dumps(value)}"
