@@ -94,6 +94,23 @@ def check_unlocked(folder: Path) -> None:
         os.close(descriptor)
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a process has the run at `folder` now; False where the file system cannot say."""
+    try:
+        descriptor = os.open(folder / "run.lock", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _lock(descriptor: int, path: Path) -> None:
     try:
         _take(descriptor, path)

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from dual_policy_plugin.files import file_error, read_json, remove_temporary_fil
 from dual_policy_plugin.npc.lock import LockEntry
 from dual_policy_plugin.npc.resolver import PinnedPolicy, hold_pinned
 from dual_policy_plugin.npc.sources.local import file_digest
+from dual_policy_plugin.report.page.write import write_own_report
 from dual_policy_plugin.run_lock import check_unlocked, lock_run, unlock_run
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,8 @@ def run_sweep(request: SweepRequest) -> SweepState:
         while state.status == "running":
             _run_attempt(request, state)
             _pass_gate(request, state, config.seed)
+    if config.report:
+        log.info(write_own_report(request.folder, ladder=asdict(state)))
     _report_end(request, state)
     return state
 
