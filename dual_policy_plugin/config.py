@@ -75,6 +75,7 @@ class DualPolicyConfig:
     """Who plays against the learner, and on which seats."""
 
     enabled: bool = False
+    """Whether an NPC plays. null: no, and an error where anything else of the node is set."""
     training_agents_pct: float = 0.5
     """Fraction of each env's agents that act with the learner, in (0, 1]."""
     assignment: str | list[int] = "first"
@@ -126,22 +127,35 @@ class TrainerConfig:
     num_minibatches: int = 8
     """Minibatches per pass; a minibatch is a range of whole segments."""
     learning_rate: float = 3e-3
+    """Adam's, at the start."""
     anneal_lr: bool = True
     """Learning rate falls linearly to 0 over total_timesteps."""
     gamma: float = 0.99
+    """Discount of rewards per step."""
     gae_lambda: float = 0.95
+    """Lambda of the generalized advantage estimates."""
     clip_coef: float = 0.2
+    """How far the ratio of new to old probabilities may leave 1 before it counts no more."""
     clip_vloss: bool = True
+    """Whether the value loss is clipped too."""
     vf_clip_coef: float = 0.2
+    """How far a new value may leave the old one where the value loss is clipped."""
     vf_coef: float = 0.5
+    """Weight of the value loss."""
     ent_coef: float = 0.005
+    """Weight of the entropy bonus."""
     max_grad_norm: float = 0.5
+    """Norm that a larger gradient is scaled down to."""
     norm_adv: bool = True
+    """Whether advantages are normalized to mean 0 and standard deviation 1."""
     target_kl: float | None = None
     """Skip the rest of an iteration's updates once approx_kl exceeds this; None: never."""
     adam_beta1: float = 0.9
+    """Decay of Adam's mean of gradients."""
     adam_beta2: float = 0.999
+    """Decay of Adam's mean of squared gradients."""
     adam_eps: float = 1e-5
+    """Added to the root in Adam's denominator."""
     num_workers: int = 2
     """Worker processes of a foreign env; not used by the arena."""
     threads: int | None = None
@@ -214,6 +228,7 @@ class EnvConfig:
     name: str = "arena"
     """arena | mettagrid | pettingzoo | the name of an installed entry point of the group dual_policy.envs."""
     num_envs: int = 128
+    """Copies of the env that are stepped together, on each rank."""
     args: dict[str, Any] = field(default_factory=dict)
     """The env's own settings (the arena's are ArenaConfig)."""
 
@@ -243,9 +258,13 @@ class WandbConfig:
     mode: str = "off"
     """off | offline | online."""
     project: str | None = None
+    """None: WANDB_PROJECT, else W&B's settings, else dual-policy."""
     entity: str | None = None
+    """A user or team; None: WANDB_ENTITY, else the one that is logged in."""
     group: str | None = None
+    """None: WANDB_RUN_GROUP, else none."""
     tags: list[str] = field(default_factory=list)
+    """Empty: WANDB_TAGS (a,b), else none."""
 
     def __post_init__(self) -> None:
         check(self.mode in ("off", "offline", "online"), "wandb.mode", self.mode, "use off, offline or online")
@@ -258,14 +277,20 @@ class Config:
     run: str = "default"
     """Name of the run: its directory under train_dir."""
     seed: int = 1
+    """Of weights, envs and sampling; the same seed gives the same run."""
     device: str = "auto"
     """auto | cpu | cuda | cuda:N. auto takes CUDA where there is one."""
     train_dir: Path = Path("train_dir")
+    """The folder that holds all runs; a relative one begins where the program is started."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     evals: EvalsConfig = field(default_factory=EvalsConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False
+    """Every figure in event files under <run>/tensorboard/ too, for `tensorboard --logdir train_dir`."""
+    report: bool = True
+    """Write report.html into the run's directory at its end."""
     hourly_cost: float | None = None
     """Dollars per hour of this machine (METTA_HOURLY_COST); None: no cost metrics."""
 

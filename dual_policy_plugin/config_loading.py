@@ -8,6 +8,7 @@ ignored in silence: what this version cannot do yet is an error that says what w
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import os
 from collections.abc import Mapping
@@ -37,7 +38,12 @@ from dual_policy_plugin.errors import ConfigError
 HOURLY_COST_VARIABLE = "METTA_HOURLY_COST"
 INITIAL_POLICY_KEY = "trainer.initial_policy"
 INITIAL_POLICY_KEYS = (*(name for name in SOURCE_KEYS if name != "weight"), "keep_optimizer")
-TOP_KEYS = ("run", "cmd", "seed", "device", "train_dir", "trainer", "agent", "env", "evals", "wandb")
+TOP_KEYS = (
+    *("run", "cmd", "seed", "device", "train_dir", "trainer", "agent", "env", "evals", "wandb"),
+    *("tensorboard", "report"),
+)
+ADDED_GROUPS = ("dual_policy", "sweep", "user")
+"""Groups of configs that are added with a plus; what they hold stands elsewhere."""
 OTHER_COMMANDS = ("import", "demo")
 
 
@@ -54,12 +60,13 @@ def load_config(cfg: DictConfig | Mapping[str, Any]) -> Config:
             "user: the +user= file has landed under a key of its own and would be ignored; "
             "make `# @package _global_` the first line of that file"
         )
+    _refuse_mistyped_groups(node)
     check_keys(node, TOP_KEYS, "", known_keys())
     cmd = node.get("cmd")
     if cmd not in (None, "train"):
         there = f"run `dual-policy {cmd}`" if cmd in OTHER_COMMANDS else "this program trains; use cmd: train"
         raise ConfigError(f"cmd={cmd!r} is not what this command does; {there}")
-    top = {name: node.get(name) for name in ("run", "seed", "device", "train_dir")}
+    top = {name: node.get(name) for name in ("run", "seed", "device", "train_dir", "tensorboard", "report")}
     wandb = node.get("wandb")
     return build(
         Config,
@@ -72,6 +79,14 @@ def load_config(cfg: DictConfig | Mapping[str, Any]) -> Config:
         wandb=build(WandbConfig, {"mode": wandb} if isinstance(wandb, bool) else child(node, "wandb", ""), "wandb"),
         hourly_cost=read_hourly_cost(os.environ.get(HOURLY_COST_VARIABLE)),
     )
+
+
+def _refuse_mistyped_groups(node: Node) -> None:
+    """Raises a ConfigError for +dual_polcy=checkpoint, which Hydra takes for a key of its own."""
+    for name in node:
+        near = [] if name in TOP_KEYS else difflib.get_close_matches(name, [*TOP_KEYS, *ADDED_GROUPS], n=1)
+        if near and near[0] in ADDED_GROUPS:
+            raise ConfigError(f"{name} is not a known key; did you mean the group, +{near[0]}=...?")
 
 
 def load_trainer(node: Node) -> TrainerConfig:

@@ -35,9 +35,12 @@ _TYPE_NAMES: dict[Any, str] = {
 
 
 def nearest_key(key: str, keys: typing.Iterable[str]) -> str | None:
-    """The key of `keys` that `key` most likely meant: a sibling with a like name, else the same name elsewhere."""
+    """The key of `keys` that `key` most likely meant: one like it in its node, or that name elsewhere."""
     keys = list(keys)
     parent, _, leaf = key.rpartition(".")
+    parents = {name.rpartition(".")[0] for name in keys}
+    if parent not in parents and (like := difflib.get_close_matches(parent, parents, n=1, cutoff=0.8)):
+        return nearest_key(f"{like[0]}.{leaf}", keys) or like[0]
     siblings = {name.rpartition(".")[2]: name for name in keys if name.rpartition(".")[0] == parent}
     near = difflib.get_close_matches(leaf, siblings, n=1)
     if near:

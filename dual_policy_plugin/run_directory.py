@@ -47,6 +47,8 @@ MAY_CHANGE = (
     "evals.*",
     "wandb",
     "wandb.*",
+    "tensorboard",
+    "report",
     "hourly_cost",
 )
 """Keys that a continued run may have otherwise than it had before: its length, its logging, where it stands."""

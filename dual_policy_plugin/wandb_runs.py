@@ -27,6 +27,8 @@ ORDERS = ("-created", "created", "-score", "score")
 SCORE_KEYS = ("objective", "score", "dual_policy/win_rate")
 """Keys of a run's summary, the first that is a number is its score: our result, anybody's, the newest iteration's."""
 PAGE = 100
+DEFAULT_PROJECT = "dual-policy"
+"""Where neither the config nor W&B's settings name one."""
 
 # The client tries again for minutes by default. A retry count times a wait above the timeout would hide the cause.
 _BOUNDS = {
@@ -77,7 +79,7 @@ def list_runs(
         NoNetworkError: W&B cannot be reached.
         WandbError: the project does not exist, or the package is missing.
     """
-    with _one_line_errors():
+    with one_line_errors():
         api = open_api()
         entity = entity or api.default_entity
         if entity is None:
@@ -177,7 +179,7 @@ def _is_uri(text: str) -> bool:
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
+def one_line_errors() -> Iterator[None]:
     """Turns what the W&B client raises into ours."""
     try:
         yield

@@ -1,5 +1,13 @@
 # Sourced by the recipes: the program, and [URI] [STEPS] [WORKERS] as overrides.
 
+# With -h or --help as the first word: prints the comment at the head of the recipe, and ends.
+help_if_asked() {
+  if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
+    sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p;}' "$0"
+    exit 0
+  fi
+}
+
 program="$(command -v dual-policy || true)"
 if [ -z "$program" ]; then # the environment that `make setup` makes
   program="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin/dual-policy"

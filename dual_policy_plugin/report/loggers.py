@@ -1,5 +1,8 @@
 """Weights & Biases: takes every metric and timing of an iteration, and the checkpoints; off, offline or online.
 
+The variable WANDB_MODE can make a run quieter than its config says, never louder. Where the config is silent, W&B's own
+variables and settings say project, entity, group and tags.
+
 The W&B run's id stands in the run directory's state, so a continued run goes on in the same W&B run. Its files stand in
 the run directory too, under wandb/.
 """
@@ -7,6 +10,8 @@ the run directory too, under wandb/.
 from __future__ import annotations
 
 import json
+import logging
+import os
 import secrets
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
@@ -15,7 +20,7 @@ from dual_policy_plugin.config import WandbConfig
 from dual_policy_plugin.errors import ConfigError, RunError
 from dual_policy_plugin.publishing import Checkpoint, Destination, checkpoint_facts, plain_name
 from dual_policy_plugin.run_directory import RunDirectory
-from dual_policy_plugin.wandb_runs import clean
+from dual_policy_plugin.wandb_runs import DEFAULT_PROJECT, clean, wandb_defaults
 
 if TYPE_CHECKING:
     import wandb
@@ -24,6 +29,11 @@ POLICY_NAME = "model.safetensors"
 """The one file of an artifact."""
 UPLOAD_TIMEOUT_S = 300
 _STATE_NAME = "wandb.json"
+_WANDB_MODES = {
+    "online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "off", "off": "off",
+}  # fmt: skip
+"""The values of WANDB_MODE that the client knows, and our own word."""
+_logger = logging.getLogger(__name__)
 
 
 class WandbLogger:
@@ -48,30 +58,31 @@ class WandbLogger:
         Raises:
             ConfigError: wandb is not installed, or W&B cannot be reached or refuses the login.
         """
-        if config.mode == "off":
+        mode = quieter_mode(config.mode, os.environ.get("WANDB_MODE", ""))
+        if mode == "off":
             return cls(None)
         try:
             import wandb
         except ImportError as error:
             raise ConfigError(
-                f"wandb.mode={config.mode} needs the package wandb; "
+                f"wandb.mode={mode} needs the package wandb; "
                 f"install it with `pip install 'dual-policy-plugin[wandb]'`, or use wandb=off"
             ) from error
         try:
-            if config.mode == "online" and not wandb.login(prompt=False, verify=True):
+            if mode == "online" and not wandb.login(prompt=False, verify=True):
                 raise ConfigError(
                     "wandb.mode=online finds no W&B login; "
                     "run `wandb login`, set WANDB_API_KEY, or use wandb=offline or wandb=off"
                 )
             run = wandb.init(
-                mode="online" if config.mode == "online" else "offline",
-                project=config.project,
+                mode="online" if mode == "online" else "offline",
+                project=config.project or wandb_defaults()[1] or DEFAULT_PROJECT,
                 entity=config.entity,
                 group=config.group,
-                tags=config.tags,
+                tags=config.tags or None,  # an empty list would hide WANDB_TAGS
                 name=name,
                 id=_run_id(run_directory),
-                resume="allow" if config.mode == "online" else None,  # an offline run is joined when it is synced
+                resume="allow" if mode == "online" else None,  # an offline run is joined when it is synced
                 dir=str(run_directory.path),
                 config=dict(run_config),
                 settings=wandb.Settings(console="off"),  # else it records every redraw of the progress panel
@@ -79,7 +90,7 @@ class WandbLogger:
         except wandb.errors.Error as error:
             reason = clean(str(error))  # a base URL may hold a password
             raise ConfigError(
-                f"wandb.mode={config.mode} could not start: {reason}; "
+                f"wandb.mode={mode} could not start: {reason}; "
                 f"see that the server is reachable and the login right, or use wandb=offline or wandb=off"
             ) from error
         return cls(run)
@@ -141,6 +152,28 @@ class WandbLogger:
             self._run.summary.update(dict(result))
         self._run.finish(exit_code=exit_code)
         self._run = None
+
+
+def quieter_mode(mode: str, variable: str) -> str:
+    """What becomes of wandb.mode where WANDB_MODE is set: the quieter of the two, which is said where they differ.
+
+    Args:
+        mode: off, offline or online.
+        variable: the value of WANDB_MODE; empty: not set.
+
+    Raises:
+        ConfigError: W&B has no such mode, and wandb.mode is not off.
+    """
+    if not variable:
+        return mode
+    asked = _WANDB_MODES.get(variable.lower())
+    if asked is None and mode != "off":
+        raise ConfigError(f"WANDB_MODE={variable} is not possible; use online, offline or disabled, or unset it")
+    quieter = min(mode, asked or mode, key=("off", "offline", "online").index)
+    if asked not in (None, mode):
+        why = "nothing is sent" if quieter == "off" else "`wandb sync` sends the run later"
+        _logger.info("WANDB_MODE=%s and wandb.mode=%s: %s wins, %s", variable, mode, quieter, why)
+    return quieter
 
 
 def _run_id(run_directory: RunDirectory) -> str:

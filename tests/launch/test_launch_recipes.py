@@ -71,6 +71,19 @@ def test_the_cloud_has_a_name_first(program: Path) -> None:
     assert given(program, recipe, "x", "--dry-run") == ["launch", "sky", *train(MEDIUM), 'run="x"', "--dry-run"]
 
 
+@pytest.mark.parametrize("recipe", ["dual_policy_checkpoint.sh", "dual_policy_sky.sh"])
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_says_how_it_is_called_and_what_comes_then(recipe: str, word: str, program: Path) -> None:
+    env = {"PATH": f"{program.parent}:{os.environ['PATH']}", "RECORD": str(program.with_name("record"))}
+    done = subprocess.run([str(RECIPES / recipe), word], env=env, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert any(line.startswith(f"  recipes/{recipe} ") for line in lines)
+    assert any("dual-policy report train_dir/" in line for line in lines)
+    assert any("dual-policy replay train_dir/" in line for line in lines)
+    assert not [line for line in lines if line.startswith(("#", "set "))]
+    assert not program.with_name("record").exists(), "nothing is started"
+
+
 @pytest.mark.parametrize(("recipe", "first"), [("dual_policy_checkpoint.sh", []), ("dual_policy_sky.sh", ["name"])])
 def test_what_follows_is_handed_on_once(recipe: str, first: list[str], program: Path) -> None:
     words = given(program, recipe, *first, WEAK, "5000", "3", *NASTY)

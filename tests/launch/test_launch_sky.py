@@ -50,6 +50,7 @@ USER_LINE = [
 SMALL = [
     "env.num_envs=4", "env.episode_steps=16", "trainer.horizon=8", "trainer.num_minibatches=2", "trainer.threads=1",
     "trainer.precision=fp32", "agent.hidden_size=16", "evals.episodes=0", "device=cpu", "trainer.total_timesteps=512",
+    "report=false",
 ]  # fmt: skip
 RECORDER = """#!/bin/bash
 printf '%s\\0' "$@" > "$RECORD"
@@ -439,9 +440,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert main(["launch", "--help"]) == 0
     assert "slurm" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as caught:
-        main(["launch", "sky", "--help"])
-    assert caught.value.code == 0
+    assert main(["launch", "sky", "--help"]) == 0
     assert "--heartbeat-timeout-seconds" in capsys.readouterr().out
 
 

@@ -24,6 +24,7 @@ from tests.launch.node import ROOT
 SMALL = [
     "env.num_envs=4", "env.episode_steps=16", "trainer.horizon=8", "trainer.num_minibatches=2", "trainer.threads=1",
     "trainer.precision=fp32", "agent.hidden_size=16", "evals.episodes=0", "device=cpu", "trainer.total_timesteps=512",
+    "report=false",
 ]  # fmt: skip
 TINY = ["hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=null"]
 

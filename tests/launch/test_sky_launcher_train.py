@@ -39,6 +39,7 @@ STAND_IN = Path(__file__).with_name("sky_stand_in.py")
 SMALL = [
     "env.num_envs=8", "env.episode_steps=16", "trainer.horizon=8", "trainer.num_minibatches=2", "trainer.threads=1",
     "trainer.precision=fp32", "trainer.total_timesteps=300", "agent.hidden_size=16", "evals.episodes=8", "device=cpu",
+    "report=false",
 ]  # fmt: skip
 NPC = ["+dual_policy=checkpoint", "trainer.dual_policy.checkpoint_npc.uri=builtin://arena/random"]
 

@@ -23,6 +23,7 @@ if not hasattr(sky, "Task"):
 SMALL = (
     "device=cpu", "agent.hidden_size=16", "env.num_envs=8", "env.episode_steps=12", "evals.episodes=8",
     "trainer.horizon=8", "trainer.threads=1", "trainer.num_minibatches=2", "trainer.checkpoint_interval=5",
+    "report=false",
 )  # fmt: skip
 STEPS = 256  # of an iteration
 MINE = {"DUAL_POLICY_VENV": str(VENV), "OVERRIDES": " ".join(SMALL), "OMP_NUM_THREADS": "1"}

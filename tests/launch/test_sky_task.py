@@ -8,7 +8,6 @@ import re
 import stat
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -246,16 +245,6 @@ def test_the_inputs_of_a_curriculum_and_of_an_evaluation(home: Path) -> None:
 def test_a_word_with_nul_is_refused() -> None:
     with pytest.raises(LaunchError, match="has a NUL character"):
         made(["a\0b"])
-
-
-@pytest.mark.slow
-def test_a_wheel_brings_them_along(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", tmp_path, ROOT]
-    subprocess.run(build, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    shipped = {Path(name).name for name in names if name.startswith("dual_policy_plugin/sky_tasks/")}
-    assert shipped == {path.name for path in (ROOT / "sky").iterdir()}
 
 
 def test_the_installed_click_is_one_that_sky_launch_works_with() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import struct
 import sys
@@ -13,8 +14,9 @@ import pytest
 
 from dual_policy_plugin.config import WandbConfig
 from dual_policy_plugin.errors import ConfigError
-from dual_policy_plugin.report.loggers import WandbLogger
+from dual_policy_plugin.report.loggers import WandbLogger, quieter_mode
 from dual_policy_plugin.run_directory import RunDirectory
+from tests.services.wandb_server import WandbServer
 
 BLOCK = 32768
 METRICS = {
@@ -37,8 +39,9 @@ def run(tmp_path: Path) -> Iterator[RunDirectory]:
 @pytest.fixture(autouse=True)
 def _no_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No key, no netrc, no settings of whoever runs the tests; and none of the test before, which wandb remembers."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_DIR", "WANDB_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
+    names = ("API_KEY", "MODE", "PROJECT", "ENTITY", "DIR", "RUN_ID", "RUN_GROUP", "TAGS")
+    for name in names:
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
@@ -187,3 +190,82 @@ def test_online_without_a_server_is_one_line(run: RunDirectory, monkeypatch: pyt
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     with pytest.raises(ConfigError, match=rf"wandb\.mode=online could not start: .*127\.0\.0\.1:{port}.*; see that"):
         WandbLogger.open(WandbConfig(mode="online"), run, name="exp", run_config={})
+
+
+# ---- W&B's own variables ----
+
+
+@pytest.mark.parametrize(
+    ("mode", "variable", "result", "said"),
+    [
+        ("online", "", "online", ""),
+        ("online", "online", "online", ""),
+        ("online", "run", "online", ""),
+        ("online", "offline", "offline", "offline wins, `wandb sync` sends the run later"),
+        ("online", "dryrun", "offline", "offline wins, `wandb sync` sends the run later"),
+        ("online", "Disabled", "off", "off wins, nothing is sent"),
+        ("offline", "online", "offline", "offline wins, `wandb sync` sends the run later"),
+        ("offline", "offline", "offline", ""),
+        ("offline", "disabled", "off", "off wins, nothing is sent"),
+        ("off", "online", "off", "off wins, nothing is sent"),
+        ("off", "offline", "off", "off wins, nothing is sent"),
+        ("off", "disabled", "off", ""),
+        ("off", "shared", "off", ""),
+        ("off", "", "off", ""),
+    ],
+)
+def test_the_quieter_of_config_and_variable_wins_and_says_so(
+    mode: str, variable: str, result: str, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert quieter_mode(mode, variable) == result
+    assert caplog.messages == ([f"WANDB_MODE={variable} and wandb.mode={mode}: {said}"] if said else [])
+
+
+def test_a_mode_that_wandb_does_not_have_is_one_line() -> None:
+    with pytest.raises(ConfigError) as caught:
+        quieter_mode("online", "ofline")
+    assert str(caught.value) == ("WANDB_MODE=ofline is not possible; use online, offline or disabled, or unset it")
+
+
+def test_the_variable_keeps_an_online_run_from_the_server(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with WandbServer(tmp_path / "server") as server, server.client():
+        config = WandbConfig(mode="online", project="arena", entity="team")
+        for mode in ("disabled", "offline", "online"):
+            monkeypatch.setenv("WANDB_MODE", mode)
+            logger = WandbLogger.open(config, run, name="exp", run_config={})
+            logger.log({"x": 1.0}, 5)
+            logger.finish()
+            if mode == "disabled":
+                assert not (run.path / "wandb").exists()
+            if mode == "offline":
+                (path,) = offline_files(run)
+                assert history(read_records(path))[0]["x"] == 1.0
+            assert (len(server.exchanges) > 0) == (mode == "online")
+
+
+def begun_run(run: RunDirectory, config: WandbConfig) -> tuple[str, str, str, list[str]]:
+    """(project, entity, group, tags) of an offline run that the config makes."""
+    WandbLogger.open(config, run, name="exp", run_config={}).finish()
+    records = read_records(offline_files(run)[0])
+    begun = next(record.run for record in records if record.WhichOneof("record_type") == "run")  # type: ignore[attr-defined]
+    return begun.project, begun.entity, begun.run_group, list(begun.tags)
+
+
+def test_the_variables_say_what_the_config_leaves_open(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("PROJECT", "p"), ("ENTITY", "e"), ("RUN_GROUP", "g"), ("TAGS", "a,b")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    assert begun_run(run, WandbConfig(mode="offline")) == ("p", "e", "g", ["a", "b"])
+
+
+def test_the_config_wins_over_the_variables(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("PROJECT", "p"), ("ENTITY", "e"), ("RUN_GROUP", "g"), ("TAGS", "a,b")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    config = WandbConfig(mode="offline", project="mine", entity="us", group="h", tags=["c"])
+    assert begun_run(run, config) == ("mine", "us", "h", ["c"])
+
+
+def test_without_any_of_them_the_project_is_ours(run: RunDirectory) -> None:
+    assert begun_run(run, WandbConfig(mode="offline")) == ("dual-policy", "", "", [])
