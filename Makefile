@@ -5,13 +5,13 @@ BIN := .venv/bin
 # where `make bench-gpu` writes its tables and JSON files
 OUT ?= benchmarks/results/gpu
 
-.PHONY: help setup setup-cluster setup-browser demo test test-gpu lint check format bench bench-gpu builtins fuzz drill drill-curriculum drill-sky oracle bench-curriculum
+.PHONY: help setup setup-cluster setup-browser demo test test-gpu lint check format bench bench-gpu builtins fuzz drill drill-curriculum drill-sky oracle bench-curriculum docs docs-reference docs-commands
 
 help:
 	@echo "make demo     train against a built-in opponent for a minute and see who wins"
 	@echo "make test     all tests"
 	@echo "make setup-cluster   what their parts on Slurm and SkyPilot need; as root, on Debian"
-	@echo "make setup-browser   a Chromium for their parts on report and replay; as root, on Debian"
+	@echo "make setup-browser   a Chromium for their parts on pages, zsh and fish for completion; as root, on Debian"
 	@echo "make test-gpu kernels, graphs and whole runs on a GPU, beside their plain twins"
 	@echo "make lint     format, lint, types, import floors"
 	@echo "make check    the same, and the fast tests"
@@ -21,6 +21,9 @@ help:
 	@echo "make drill-sky   the scripts of a SkyPilot node on this machine, with a real installation"
 	@echo "make oracle   poker, where the best answer to the NPC can be worked out: learners must find it; half an hour"
 	@echo "make bench-curriculum   does a ladder of NPCs help? the table of docs/results.md; half an hour"
+	@echo "make docs     the documents as a site in docs/_build/html"
+	@echo "make docs-reference   the pages that are made from the source: configuration, errors"
+	@echo "make docs-commands    every command of the documents at its full size; hours"
 	@echo "make bench    speed of env and trainer, as tables; under six minutes"
 	@echo "make bench-gpu [OUT=folder]   the same on a GPU with 65,536 agents, and a profile; tables and JSON in the folder"
 
@@ -38,7 +41,7 @@ setup-cluster: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-sky.txt
 
 setup-browser: setup
-	tests/install.sh setup-browser chromium "chromium fonts-dejavu-core"
+	tests/install.sh setup-browser "chromium zsh fish" "chromium fonts-dejavu-core zsh fish"
 
 demo: setup
 	@$(BIN)/dual-policy demo
@@ -101,6 +104,16 @@ drill-curriculum: setup
 
 drill-sky: setup
 	$(BIN)/python -m tests.launch.drill_sky
+
+docs: setup
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+docs-reference: setup
+	$(BIN)/python -m docs.generate
+
+docs-commands: setup
+	DUAL_POLICY_FULL_COMMANDS=1 $(BIN)/pytest -q --timeout 7200 tests/docs/test_commands.py
 
 oracle: setup
 	$(BIN)/python -m tests.oracle.run

@@ -10,6 +10,10 @@
     dual-policy curriculum status DIR      the stages, jobs and decisions of a curriculum sweep
     dual-policy launch {sky TASK,slurm}    a run on other machines, checked and pinned before anything is launched
     dual-policy watch -- COMMAND...        a command under a heartbeat and a limit of its time, for launchers
+    dual-policy report DIR...              runs and sweeps as one HTML file
+    dual-policy replay POLICY --npc URI    episodes as a page to watch
+    dual-policy doctor                     what of this machine works, and what to do about the rest
+    dual-policy completion SHELL           the script that lets the Tab key complete all of this
 
 A mistake of the user ends with one line on stderr and exit code 2; a defect of ours keeps its traceback. Heavy modules
 are imported inside the functions, so that `--help` answers at once.
@@ -23,7 +27,7 @@ from collections.abc import Callable
 
 from dual_policy_plugin import __version__
 from dual_policy_plugin.commands.console import configure_logging, is_shown, show_error
-from dual_policy_plugin.commands.words import choose_command
+from dual_policy_plugin.commands.words import COMPLETING, choose_command
 from dual_policy_plugin.errors import DualPolicyError
 from dual_policy_plugin.heartbeat import note_exit
 
@@ -31,6 +35,10 @@ from dual_policy_plugin.heartbeat import note_exit
 def main(argv: list[str] | None = None) -> int:
     """Runs `dual-policy` with `argv` (the words behind the program's name) and returns the exit code."""
     words = sys.argv[1:] if argv is None else argv
+    if COMPLETING in os.environ:
+        from dual_policy_plugin.commands.completing import answer
+
+        answer(_dispatch)
     # Read when torch is imported. A waiting thread spins for microseconds, not milliseconds, before it sleeps: on cores
     # that are shared it would keep the thread it waits for from running, ten times slower in all (docs/log.md).
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -42,6 +50,10 @@ def main(argv: list[str] | None = None) -> int:
             show_error(error)
         note_exit(error.exit_code)
         return error.exit_code
+    except SystemExit as leaving:
+        if leaving.code:
+            raise
+        return 0  # argparse leaves so when it has printed a help
     except KeyboardInterrupt:
         again = "; the same command continues the run from where it was stopped" if words[:1] == ["train"] else ""
         print(f"interrupted{again}", file=sys.stderr)
@@ -126,23 +138,72 @@ def run_watch(words: list[str]) -> int:
     return run(words)
 
 
+def run_report(words: list[str]) -> int:
+    """`dual-policy report`: runs and sweeps as one HTML file."""
+    configure_logging()
+
+    from dual_policy_plugin.commands.report import run
+
+    return run(words)
+
+
+def run_replay(words: list[str]) -> int:
+    """`dual-policy replay`: recorded episodes as a page to watch."""
+    configure_logging()
+
+    from dual_policy_plugin.commands.replay import run
+
+    return run(words)
+
+
+def run_doctor(words: list[str]) -> int:
+    """`dual-policy doctor`: what of this machine works, and what to do about the rest."""
+    from dual_policy_plugin.commands.doctor import run
+
+    return run(words)
+
+
+def run_completion(words: list[str]) -> int:
+    """`dual-policy completion`: the script that lets a shell complete our commands."""
+    from dual_policy_plugin.commands.completion import run
+
+    return run(words)
+
+
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (run_train, "train a policy against a frozen one; takes Hydra overrides"),
     "import": (run_import, "turn a .pt state dict into a policy file"),
-    "demo": (run_demo, "train against a built-in NPC for a minute and report the win rate"),
-    "npc": (run_npc, "find, pin and look at policies; the cache of those that were fetched"),
-    "runs": (run_runs, "list the runs of a W&B project and the URIs of what they published"),
-    "evaluate": (run_evaluate, "play policies against each other: win rates, ratings, worst cases, cycles"),
-    "gate": (run_gate, "exit code 0 where a policy is not weaker than another, by a sequential test"),
+    "demo": (run_demo, "a minute of training against a built-in policy, and who wins"),
+    "npc": (run_npc, "find, pin and look at policies; the cache of fetched ones"),
+    "runs": (run_runs, "list the runs of a W&B project and what they published"),
+    "evaluate": (run_evaluate, "play policies against each other: win rates and ratings"),
+    "gate": (run_gate, "exit code 0 where a policy is not weaker than another"),
     "curriculum": (run_curriculum, "the stages, jobs and decisions of a curriculum sweep"),
-    "launch": (run_launch, "check a run, pin its policies, and launch it with SkyPilot or Slurm"),
-    "watch": (run_watch, "run a command that must show signs of life and may take so long; for launchers"),
+    "launch": (run_launch, "check a run, pin its policies, launch it (SkyPilot, Slurm)"),
+    "watch": (run_watch, "run a command under a heartbeat and a time limit"),
+    "report": (run_report, "runs and sweeps as one HTML file"),
+    "replay": (run_replay, "record episodes as a page to watch"),
+    "doctor": (run_doctor, "check this machine: torch, CUDA, W&B, S3, Slurm, SkyPilot"),
+    "completion": (run_completion, "the script that makes the Tab key complete all of this"),
 }
+_GROUPS = {
+    "train and watch": ("demo", "train", "curriculum", "report", "replay"),
+    "judge": ("evaluate", "gate"),
+    "policies": ("npc", "import", "runs"),
+    "clusters and clouds": ("launch", "watch"),
+    "tools": ("doctor", "completion"),
+}
+_EXAMPLES = (
+    "dual-policy demo",
+    "dual-policy train +dual_policy=checkpoint run=first \\\n"
+    "      trainer.dual_policy.checkpoint_npc.uri=builtin://arena/weak",
+)
 
 
 def _dispatch(words: list[str]) -> int:
     if words[:1] == ["--version"]:
         print(f"dual-policy {__version__}")
         return 0
-    command = choose_command("dual-policy", words, _COMMANDS, note=" `dual-policy --version` prints the version.")
+    note = " `dual-policy --version` prints the version."
+    command = choose_command("dual-policy", words, _COMMANDS, examples=_EXAMPLES, groups=_GROUPS, note=note)
     return command(words[1:]) if command else 0

@@ -13,6 +13,7 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -119,6 +120,11 @@ def mend(error: Exception, overrides: list[str]) -> DualPolicyError | None:
         return ConfigError(_mend_override(str(error.override)))
     if type(error).__module__.startswith("yaml."):
         return ConfigError(f"{_config_file(error)} is no valid YAML: {_one_line(str(error))}")
+    if any(frame.f_globals.get("__name__") == "optuna.storages" for frame, _ in walk_tb(error.__traceback__)):
+        return ConfigError(
+            f"hydra.sweeper.storage cannot be used ({type(error).__name__}): Optuna 2 needs SQLAlchemy below 2 for it; "
+            "leave it null, with hydra.sweeper.sampler.seed the same command repeats the study"
+        )
     if isinstance(error, OSError) and not isinstance(error, HydraException):
         where = f"{error.filename}: " if error.filename else ""
         return RunError(f"{where}{error.strerror}; choose another run=, train_dir= or hydra.run.dir=")
@@ -233,8 +239,9 @@ def _sweep(match: re.Match[str], overrides: list[str], error: Exception) -> str:
 
 def _not_in_struct(match: re.Match[str], overrides: list[str], error: Exception) -> str:
     key = match[1]
-    near = nearest_key(key, sorted({*known_keys(), *_composed_keys()}))
-    hint = f"did you mean {near}?" if near else "`--cfg job` lists all keys"
+    of_hydra = key.startswith("hydra.")
+    near = nearest_key(key, sorted(_composed_keys(with_hydra=of_hydra) | set([] if of_hydra else known_keys())))
+    hint = f"did you mean {near}?" if near else f"`--cfg {'hydra' if of_hydra else 'job'}` lists all keys"
     if key.startswith(("env.", "agent.")) and key.count(".") == 1:
         hint += f" (a setting that the config does not list is added with a plus: +{key}=...)"
     return f"{key} is not a known key; {hint}"
@@ -254,16 +261,16 @@ def _no_sweeper_key(match: re.Match[str], overrides: list[str], error: Exception
     return f"{key} is not a known key" + (f"; did you mean {near}?" if near else f"; curricula have {', '.join(names)}")
 
 
-def _composed_keys() -> list[str]:
+def _composed_keys(*, with_hydra: bool = False) -> set[str]:
     """The keys of the primary config as it stands, envs' and nets' settings included."""
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        plain = OmegaConf.to_container(compose(PRIMARY_CONFIG))
-    keys: list[str] = []
+        plain = OmegaConf.to_container(compose(PRIMARY_CONFIG, return_hydra_config=with_hydra))
+    keys: set[str] = set()
 
     def walk(node: object, prefix: str) -> None:
         if isinstance(node, dict):
             for name, value in node.items():
-                keys.append(f"{prefix}{name}")
+                keys.add(f"{prefix}{name}")
                 walk(value, f"{prefix}{name}.")
 
     walk(plain, "")
@@ -282,7 +289,8 @@ def _no_such_config(match: re.Match[str], overrides: list[str], error: Exception
     options = re.findall(r"\n\t(\S+)", _text_of(error).partition("Config search path")[0])
     near = difflib.get_close_matches(missing.rpartition("/")[2], options, n=1)
     group = missing.rpartition("/")[0]
-    hint = f"did you mean {group}={near[0]}? " if near else ""
+    plus = "+" if any(word.startswith(f"+{group}=") for word in overrides) else ""
+    hint = f"did you mean {plus}{group}={near[0]}? " if near else ""
     there = f"there are {', '.join(options)}" if options else "see `dual-policy train --help` for what there is"
     return f"{where}there is no {missing}; {hint}{there}"
 
@@ -292,6 +300,17 @@ def _no_submitit(match: re.Match[str], overrides: list[str], error: Exception) -
         f"hydra/launcher={match[1]} comes with hydra-submitit-launcher, which is not installed; "
         "pip install 'dual-policy-plugin[slurm]'"
     )
+
+
+def _no_optuna(match: re.Match[str], overrides: list[str], error: Exception) -> str:
+    return (
+        "hydra/sweeper=optuna comes with hydra-optuna-sweeper, which is not installed; "
+        "pip install 'dual-policy-plugin[optuna]'"
+    )
+
+
+def _no_trial(match: re.Match[str], overrides: list[str], error: Exception) -> str:
+    return "every trial of the study has failed; the errors above say why, and no best one was written down"
 
 
 def _listed_twice(match: re.Match[str], overrides: list[str], error: Exception) -> str:
@@ -318,8 +337,18 @@ def _yaml_bool(match: re.Match[str], overrides: list[str], error: Exception) -> 
 
 
 def _not_listed(match: re.Match[str], overrides: list[str], error: Exception) -> str:
-    word = next((one for one in overrides if one.startswith(f"{match[1]}=")), None)
-    return f"{word or match[1]} overrides a group that the app does not list; write +{word or match[1]}"
+    group = match[1]
+    word = next((one for one in overrides if one.startswith(f"{group}=")), group)
+    if real := re.search(r"Did you mean to override (\S+)\?", _text_of(error)):
+        return f"{word} is not how the app lists this group; write {real[1]}={word.partition('=')[2]}"
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        options = GlobalHydra.instance().config_loader().get_group_options(group)
+    value = word.partition("=")[2]
+    if value and options and value not in options:
+        near = difflib.get_close_matches(value, options, n=1)
+        hint = f"did you mean +{group}={near[0]}? " if near else ""
+        return f"there is no {group}/{value}; {hint}there are {', '.join(options)}"
+    return f"{word} overrides a group that the app does not list; write +{word}"
 
 
 def _group_value(match: re.Match[str], overrides: list[str], error: Exception) -> str:
@@ -333,10 +362,12 @@ _MENDS: list[tuple[str, Describe]] = [
     (r"Could not override '(hydra\.sweeper\.(\w+)[^']*)'", _no_sweeper_key),
     (r"Could not override '([^']+)'\.\s+To append to your config", _not_in_struct),
     (r"Could not (?:find|load) 'hydra/launcher/(submitit_\w+)'", _no_submitit),
+    (r"Could not (?:find|load) 'hydra/sweeper/optuna'", _no_optuna),
     (r"(?:In '([^']+)': )?Could not (?:find|load) '([^']+)'", _no_such_config),
+    (r"No trials are completed yet", _no_trial),
     (r"(\S+) appears more than once in the final defaults list", _listed_twice),
     (r"Multiple values for (\S+)\. .*override \S+: ([^']+)'", _two_values),
     (r"Unsupported item value in defaults : bool", _yaml_bool),
-    (r"Could not override '([^']+)'\. No match in the defaults list", _not_listed),
+    (r"Could not override '([^']+)'\.\s+(?:No match in the defaults list|Did you mean)", _not_listed),
     (r"Config group override must be a string or a list", _group_value),
 ]

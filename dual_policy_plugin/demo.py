@@ -13,6 +13,7 @@ from dual_policy_plugin.devices import choose_device
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.evaluate import SEED_OFFSET, evaluate_pinned
 from dual_policy_plugin.npc.resolver import resolve
+from dual_policy_plugin.report.page.write import REPORT_NAME
 from dual_policy_plugin.train import train
 
 
@@ -45,10 +46,11 @@ def demo(seed: int | None, train_dir: Path, overrides: Sequence[str] = ()) -> in
         device=choose_device(config.device),
     )[0]
     after = result["evals"][0]
+    told = f"report {path / REPORT_NAME}" if config.report else f"result {path}/result.json"
     print(
         f"demo: win rate vs {opponent} {before.win_rate:.2f} -> {after['win_rate']:.2f} "
         f"[{after['low']:.2f}, {after['high']:.2f}] over {after['episodes']} episodes, "
-        f"{result['agent_step'] / 1e6:.1f}M learner steps in {took:.0f} s; report {path}/result.json"
+        f"{result['agent_step'] / 1e6:.1f}M learner steps in {took:.0f} s; {told}"
     )
     return 0
 

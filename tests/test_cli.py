@@ -144,7 +144,15 @@ def test_a_comma_that_is_no_sweep(capsys: pytest.CaptureFixture[str]) -> None:
         ([f"{URI}x=3"], [f"{URI}x is not a known key", f"did you mean {URI}?"]),
         (["+trainer.horizn=3"], ["trainer.horizn is not a known key", "did you mean trainer.horizon?"]),
         (["agent=fst"], ["there is no agent/fst", "did you mean agent=fast?", "there are fast, mlp"]),
-        (["+dual_policy=chekpoint"], ["dual_policy/chekpoint", "did you mean dual_policy=checkpoint?"]),
+        (["+dual_policy=chekpoint"], ["dual_policy/chekpoint", "did you mean +dual_policy=checkpoint?"]),
+        (["dual_policy=chekpoint"], ["there is no dual_policy/chekpoint", "did you mean +dual_policy=checkpoint?"]),
+        (["+dual_polcy=checkpoint"], ["dual_polcy is not a known key", "did you mean the group, +dual_policy=...?"]),
+        (["+usr=demo"], ["usr is not a known key", "did you mean the group, +user=...?"]),
+        (["sim=all"], ["sim=all is not how the app lists this group", "write sim@evals=all"]),
+        (["trainer.dual_polcy.checkpoint_npc.uri=x"], ["did you mean trainer.dual_policy.checkpoint_npc.uri?"]),
+        (["trainer.dual_policy.chekpoint_npc.ur=x"], ["did you mean trainer.dual_policy.checkpoint_npc.uri?"]),
+        (["hydra.rn.dir=x"], ["hydra.rn.dir is not a known key", "did you mean hydra.run.dir?"]),
+        (["--dry-rn"], ["--dry-rn", "did you mean --dry-run?"]),
         (["dual_policy=checkpoint"], ["dual_policy=checkpoint overrides a group", "write +dual_policy=checkpoint"]),
         (["+agent=mlp"], ["+agent=mlp adds a group", "write agent=mlp, without the plus"]),
         (["trainer=null"], ["trainer=null is not possible"]),
@@ -294,7 +302,7 @@ def test_help_and_version_need_no_torch(tmp_path: Path, capsys: pytest.CaptureFi
     assert text[0] == "usage: dual-policy COMMAND [...]"
     assert text[-1] == f"dual-policy {dual_policy_plugin.__version__}"
     assert main(["train", "--help"]) == 0
-    assert "dual_policy: checkpoint, off" in capsys.readouterr().out
+    assert "+dual_policy=checkpoint" in capsys.readouterr().out
     assert main(["train", "--version"]) == 0
 
 

@@ -49,3 +49,4 @@ def configure_logging() -> None:
         raise ConfigError(f"LOG_LEVEL={name} is no log level; use DEBUG, INFO, WARNING or ERROR")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger().setLevel(levels[name.upper()])
+    logging.getLogger("alembic").setLevel(max(logging.WARNING, levels[name.upper()]))  # Optuna's store, at its import

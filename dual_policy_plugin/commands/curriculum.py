@@ -7,13 +7,12 @@ Only reads, and the file is always whole: the command may be run at any moment o
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import textwrap
 from collections import Counter
 from pathlib import Path
 
-from dual_policy_plugin.commands.words import choose_command, parse_words
+from dual_policy_plugin.commands.words import choose_command, make_parser, parse_words
 from dual_policy_plugin.curriculum.state import STATE_NAME, SweepState, read_state
 from dual_policy_plugin.errors import RunError
 from dual_policy_plugin.files import encode_json, read_json
@@ -22,21 +21,33 @@ from dual_policy_plugin.report.tables import format_table, printable
 FORMATS = ("table", "json")
 COLUMNS = ("stage", "NPC", "rating", "attempts", "job", "win rate", "decision")
 NOTHING = "-"
+_EXAMPLE = "dual-policy curriculum status train_dir/curriculum_builtin"
 _MIN_NAME = 8  # columns that an NPC's name keeps on a narrow terminal
 
 
 def run(words: list[str]) -> int:
     """Runs `dual-policy curriculum <words>` and returns the exit code."""
-    command = choose_command("dual-policy curriculum", words, _COMMANDS)
+    command = choose_command(
+        "dual-policy curriculum",
+        words,
+        _COMMANDS,
+        examples=("dual-policy train +sweep=curriculum_builtin --dry-run", _EXAMPLE),
+        note=" `dual-policy train +sweep=...` begins one.",
+    )
     return command(words[1:]) if command else 0
 
 
 def show_status(words: list[str]) -> int:
     """`curriculum status`: the state file of a sweep as a table, or as it is."""
-    parser = argparse.ArgumentParser(
-        prog="dual-policy curriculum status",
-        description="Shows the stages of a curriculum sweep, its jobs, and every decision with its figures.",
-        epilog="Reads only; may be run while the sweep goes on.",
+    parser = make_parser(
+        "dual-policy curriculum status",
+        "DIR [--format table|json]",
+        "Shows the stages of a curriculum sweep, its jobs, and every decision with its figures. Reads only; may be "
+        "run while the sweep goes on.",
+        examples=(
+            _EXAMPLE,
+            f"{_EXAMPLE} --format json",
+        ),
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="the sweep's folder, train_dir/<run>")
     parser.add_argument("--format", choices=FORMATS, default="table", help="(table)")

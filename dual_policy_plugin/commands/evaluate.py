@@ -7,18 +7,17 @@ Standard output holds the table; notes go to standard error.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import difflib
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dual_policy_plugin.commands.words import check_read, parse_words
-from dual_policy_plugin.errors import ConfigError, RunError
+from dual_policy_plugin.commands.words import check_read, make_parser, parse_words
+from dual_policy_plugin.errors import ConfigError
+from dual_policy_plugin.files import check_writable
 from dual_policy_plugin.report.tables import printable
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def run(words: list[str]) -> int:
     request = _parse(words)
     for path in (request.out, request.png):
         if path is not None:
-            _check_writable(path)
+            check_writable(path)
 
     from dual_policy_plugin.composition import compose_config
     from dual_policy_plugin.devices import choose_device, set_threads
@@ -186,15 +185,21 @@ def _cycles(cross: CrossPlay) -> str:
 
 
 def _parse(words: list[str]) -> _Request:
-    parser = argparse.ArgumentParser(
-        prog="dual-policy evaluate",
-        description="Plays every policy against every other and itself, from both seatings, and prints win rates and "
-        "ratings (builtin://arena/random has 0 where it plays, else the mean is 0; 400 points are odds of 10 to 1).",
-        epilog="policies=[URI,URI,...] two or more; episodes=256 per pair; out=FILE.json also writes FILE.png; "
+    parser = make_parser(
+        "dual-policy evaluate",
+        "policies=[URI,URI,...] [episodes=N] [key=value ...]",
+        "Plays every policy against every other and itself, from both seatings, and prints win rates and ratings "
+        "(builtin://arena/random has 0 where it plays, else the mean is 0; 400 points are odds of 10 to 1).",
+        note="policies=[URI,URI,...] two or more; episodes=256 per pair; out=FILE.json also writes FILE.png; "
         "png=FILE.png; all others are keys of `dual-policy train`, for example env=arena env.num_envs=512 seed=2. "
         "env.num_envs is how many envs are played at once.",
+        examples=(
+            "dual-policy evaluate 'policies=[builtin://arena/weak,builtin://arena/random]'",
+            "dual-policy evaluate 'policies=[train_dir/first,builtin://arena/medium]' \\\n"
+            "      episodes=1024 out=ratings.json",
+        ),
     )
-    parser.add_argument("words", nargs="+", metavar="key=value")
+    parser.add_argument("words", nargs="+", metavar="key=value", help="see below")
     args = parse_words(parser, words, "keys are written without dashes, for example out=FILE.json", is_mixed=True)
     own = {key: value for key, value in map(_own_word, args.words) if key}
     overrides = [word for word in args.words if word.partition("=")[0] not in KEYS]
@@ -268,16 +273,3 @@ def _path(own: dict[str, Any], key: str) -> Path | None:
             f"{key}={value} is no file; use for example {key}=cross_play.{'json' if key == 'out' else key}"
         )
     return Path(str(value)).expanduser()
-
-
-def _check_writable(path: Path) -> None:
-    """Before anything is played: an hour's games must not end in a folder that is not there."""
-    if path.is_dir():
-        raise RunError(f"{path} is a folder; name a file in it")
-    if not path.parent.is_dir():
-        raise RunError(f"{path} cannot be written: there is no folder {path.parent}; make it, or choose another file")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror}; choose another file") from error

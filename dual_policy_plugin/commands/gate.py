@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dual_policy_plugin.commands.words import check_read, parse_words
+from dual_policy_plugin.commands.words import check_read, make_parser, parse_words, seed_word
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.evaluation.sequential import GateVerdict, Rule, can_pass, play_until_decided, sprt
 from dual_policy_plugin.report.tables import printable
@@ -116,20 +116,33 @@ def _check_can_pass(rule: Rule, max_episodes: int) -> None:
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="dual-policy gate",
-        description="Plays NEW against OLD on fresh seeds, both on either side, until a sequential test decides "
-        "whether NEW's win rate (draws as half) is at least 0.5 or at most 0.5 - margin.",
-        epilog="Exit codes: 0 not weaker; 1 weaker, or undecided after --max-episodes; 2 bad input. Overrides describe "
+    parser = make_parser(
+        "dual-policy gate",
+        "NEW --not-weaker-than OLD [options] [key=value ...]",
+        "Plays NEW against OLD on fresh seeds, both on either side, until a sequential test decides whether NEW's win "
+        "rate (draws as half) is at least 0.5 or at most 0.5 - margin.",
+        note="Exit codes: 0 not weaker; 1 weaker, or undecided after --max-episodes; 2 bad input. Overrides describe "
         "the env as in `dual-policy train`, for example env.num_agents=8.",
+        examples=(
+            "dual-policy gate builtin://arena/medium --not-weaker-than builtin://arena/weak",
+            "dual-policy gate train_dir/second --not-weaker-than train_dir/first",
+        ),
     )
     parser.add_argument("new", metavar="NEW", help="path, file://, wandb://, s3:// or builtin://")
     parser.add_argument("--not-weaker-than", required=True, metavar="OLD", help="the policy to compare with")
-    parser.add_argument("--margin", type=_below_half, default=0.05, help="how much weaker is weaker (0.05)")
-    parser.add_argument("--alpha", type=_below_half, default=0.05, help="how often a weaker one may pass (0.05)")
-    parser.add_argument("--beta", type=_below_half, default=0.05, help="how often an equal one may fail (0.05)")
-    parser.add_argument("--max-episodes", type=_count, default=20_000, help="the most that are played (20000)")
-    parser.add_argument("--seed", type=_seed, default=None, help="of the episodes (the config's)")
+    parser.add_argument(
+        "--margin", metavar="M", type=_below_half, default=0.05, help="how much weaker is weaker (0.05)"
+    )
+    parser.add_argument(
+        "--alpha", metavar="A", type=_below_half, default=0.05, help="how often a weaker one may pass (0.05)"
+    )
+    parser.add_argument(
+        "--beta", metavar="B", type=_below_half, default=0.05, help="how often an equal one may fail (0.05)"
+    )
+    parser.add_argument(
+        "--max-episodes", metavar="N", type=_count, default=20_000, help="the most that are played (20000)"
+    )
+    parser.add_argument("--seed", metavar="N", type=seed_word, default=None, help="of the episodes (the config's)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for `dual-policy train`")
     return parse_words(parser, words, is_mixed=True)
 
@@ -143,10 +156,4 @@ def _below_half(word: str) -> float:
 def _count(word: str) -> int:
     if re.fullmatch(r"[0-9]{1,9}", word) is None or int(word) == 0:
         raise argparse.ArgumentTypeError(f"{word!a} is no count of 1 or more")
-    return int(word)
-
-
-def _seed(word: str) -> int:
-    if re.fullmatch(r"[0-9]{1,10}", word) is None or int(word) >= 2**31:
-        raise argparse.ArgumentTypeError(f"{word!a} is no seed; use a whole number from 0 to {2**31 - 1}")
     return int(word)

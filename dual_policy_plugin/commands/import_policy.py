@@ -5,25 +5,29 @@ dual-policy import OLD.pt NEW.safetensors [--agent NAME] [--env NAME] [key=value
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from dual_policy_plugin.commands.words import parse_words
+from dual_policy_plugin.commands.words import make_parser, parse_words
 
 
 def run(words: list[str]) -> int:
     """Reads the one file, writes the other and says so; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="dual-policy import",
-        description="Turns a .pt file that holds a state dict into a policy file (.safetensors).",
-        epilog="Overrides describe env and net as in `dual-policy train`, for example env.num_agents=8 agent=mlp.",
+    parser = make_parser(
+        "dual-policy import",
+        "OLD.pt NEW.safetensors [options] [key=value ...]",
+        "Turns a .pt file that holds a state dict into a policy file (.safetensors). Nothing in it is ever run.",
+        note="Overrides describe env and net as in `dual-policy train`.",
+        examples=(
+            "dual-policy import old.pt new.safetensors",
+            "dual-policy import old.pt new.safetensors --agent mlp env.num_agents=8",
+        ),
     )
-    parser.add_argument("old", type=Path, metavar="OLD.pt")
-    parser.add_argument("new", type=Path, metavar="NEW.safetensors")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
+    parser.add_argument("old", type=Path, metavar="OLD.pt", help="the file to read")
+    parser.add_argument("new", type=Path, metavar="NEW.safetensors", help="the file to write")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="as for `dual-policy train`")
     parser.add_argument("--agent", default="fast", help="architecture of the state dict (fast)")
     parser.add_argument("--env", default="arena", help="env whose observations and actions it was made for (arena)")
-    args = parse_words(parser, words)
+    args = parse_words(parser, words, is_mixed=True)
 
     import torch
 

@@ -18,8 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dual_policy_plugin.commands.words import choose_command, parse_words
+from dual_policy_plugin.commands.words import choose_command, make_parser, parse_words
 from dual_policy_plugin.errors import ConfigError, LaunchError
+from dual_policy_plugin.waiting import waiting
 
 Main = Callable[[list[str]], int]
 TASKS = ("train", "train_multinode", "curriculum", "evaluate")
@@ -34,7 +35,7 @@ def run(words: list[str], main: Main) -> int:
         words: of the command line.
         main: the `dual-policy` command itself, which a job on Slurm begins with.
     """
-    command = choose_command("dual-policy launch", words, _COMMANDS)
+    command = choose_command("dual-policy launch", words, _COMMANDS, examples=_EXAMPLES)
     return 0 if command is None else command(words[1:], main)
 
 
@@ -63,13 +64,14 @@ def launch_sky(words: list[str], main: Main) -> int:
         workdir=checkout.folder,
         infra=args.infra,
     )
-    launches = [
-        sky_launch.plan_launch(args.task, preflight, checkout, options, args.secret)
-        for preflight in _each_copy(partial(check_task_words, args.task), args.overrides, args.copies)
-    ]
-    for one in launches:
-        sky_sdk.check_task(sky_launch.fill_secrets(one))
-    cost = sky_launch.estimate_cost(launches)
+    with waiting("checking the task with SkyPilot"):
+        launches = [
+            sky_launch.plan_launch(args.task, preflight, checkout, options, args.secret)
+            for preflight in _each_copy(partial(check_task_words, args.task), args.overrides, args.copies)
+        ]
+        for one in launches:
+            sky_sdk.check_task(sky_launch.fill_secrets(one))
+        cost = sky_launch.estimate_cost(launches)
     launches = [sky_launch.with_price(one, cost, len(launches)) for one in launches]
     tables = dict.fromkeys(npc_table(one.preflight.entries) for one in launches)
     summary = [*tables, f"code: {checkout.text}", cost.text(args.max_runtime_hours)]
@@ -175,24 +177,37 @@ def _slurm_words(args: argparse.Namespace) -> list[str]:
 
 
 def _parse_sky(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="dual-policy launch sky",
+    parser = make_parser(
+        "dual-policy launch sky",
+        "TASK [options] [key=value ...]",
+        "Checks the run, pins its policies, and launches a task of sky/ with SkyPilot.",
         allow_abbrev=False,
-        description="Checks the run, pins its policies, and launches a task of sky/ with SkyPilot.",
-        epilog="Overrides are those of `dual-policy train`, and reach it as they are.",
+        note="Overrides are those of `dual-policy train`, and reach it as they are.",
+        examples=(_EXAMPLES[0],),
     )
-    parser.add_argument("task", metavar="TASK", type=_task, help=f"{', '.join(TASKS)}: a task of sky/")
-    parser.add_argument("--gpus", help="per node: a count, KIND or KIND:COUNT; 0: none (what the task says)")
-    parser.add_argument("--nodes", type=_count, default=1, help="(1)")
-    parser.add_argument("--cpus", help="per node: 8, or 8+ for at least so many")
-    parser.add_argument("--infra", help="where: aws, gcp/us-central1, k8s, slurm/cluster, ... (the cheapest)")
+    parser.add_argument("task", metavar="TASK", type=_task, help=", ".join(TASKS))
+    parser.add_argument(
+        "--gpus", metavar="WHAT", help="per node: a count, KIND or KIND:COUNT; 0: none (what the task says)"
+    )
+    parser.add_argument("--nodes", metavar="N", type=_count, default=1, help="machines of the task (1)")
+    parser.add_argument("--cpus", metavar="N", help="per node: 8, or 8+ for at least so many")
+    parser.add_argument("--infra", metavar="WHERE", help="aws, gcp/us-central1, k8s, slurm/cluster, ... (the cheapest)")
     parser.add_argument("--spot", action=argparse.BooleanOptionalAction, help="machines that may be taken away")
     parser.add_argument("--jobs", action="store_true", help="a managed job, which is begun again on another machine")
-    parser.add_argument("--cluster", type=_name, help="a cluster's name (the run's)")
-    parser.add_argument("--max-runtime-hours", type=_hours, help="over all restarts; 0: no limit")
-    parser.add_argument("--heartbeat-timeout-seconds", type=_whole, help="without a sign of life; 0: never")
-    parser.add_argument("--git-ref", help="branch, tag or commit on the remote, in place of this checkout")
-    parser.add_argument("--secret", action="append", default=[], type=_variable, help="a variable that the node gets")
+    parser.add_argument("--cluster", metavar="NAME", type=_name, help="a cluster's name (the run's)")
+    parser.add_argument("--max-runtime-hours", metavar="H", type=_hours, help="over all restarts; 0: no limit")
+    parser.add_argument(
+        "--heartbeat-timeout-seconds",
+        metavar="S",
+        type=_whole,
+        help="ended after so long without a sign of life; 0: never",
+    )
+    parser.add_argument(
+        "--git-ref", metavar="REF", help="branch, tag or commit on the remote, in place of this checkout"
+    )
+    parser.add_argument(
+        "--secret", metavar="NAME", action="append", default=[], type=_variable, help="a variable that the node gets"
+    )
     _add_common(parser)
     args = _parse(parser, words)
     if args.jobs and args.cluster:
@@ -205,23 +220,29 @@ def _parse_sky(words: list[str]) -> argparse.Namespace:
 
 
 def _parse_slurm(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="dual-policy launch slurm",
+    parser = make_parser(
+        "dual-policy launch slurm",
+        "[options] [key=value ...]",
+        "Checks the run, pins its policies, and puts one job into Slurm's queue.",
         allow_abbrev=False,
-        description="Checks the run, pins its policies, and puts one job into Slurm's queue.",
-        epilog="Overrides are those of `dual-policy train`; hydra.launcher.* says the rest of the job (docs/slurm.md).",
+        note="Overrides are those of `dual-policy train`; hydra.launcher.* says the rest of the job (docs/slurm.md).",
+        examples=(_EXAMPLES[1],),
     )
-    parser.add_argument("--gpus", type=_whole, help="per node (0)")
-    parser.add_argument("--nodes", type=_count, help="(1)")
-    parser.add_argument("--cpus", type=_count, help="per process")
-    parser.add_argument("--partition", type=_name, help="(the cluster's default)")
-    parser.add_argument("--timeout-hours", type=_hours, help="of one start; then it saves and is queued again")
+    parser.add_argument("--gpus", metavar="N", type=_whole, help="per node (0)")
+    parser.add_argument("--nodes", metavar="N", type=_count, help="machines of the job (1)")
+    parser.add_argument("--cpus", metavar="N", type=_count, help="per process")
+    parser.add_argument("--partition", metavar="NAME", type=_name, help="(the cluster's default)")
+    parser.add_argument(
+        "--timeout-hours", metavar="H", type=_hours, help="of one start; then it saves and is queued again"
+    )
     _add_common(parser)
     return _parse(parser, words)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--copies", type=_count, default=1, help="so many runs run=NAME/0, NAME/1, ... seeds one apart")
+    parser.add_argument(
+        "--copies", metavar="N", type=_count, default=1, help="N runs NAME/0, NAME/1, ... with seeds one apart"
+    )
     parser.add_argument("--skip-git-check", action="store_true", help="launch code that is not committed or pushed")
     parser.add_argument("--dry-run", action="store_true", help="print what would be launched")
     parser.add_argument("--confirm", action="store_true", help="ask before launching")
@@ -278,6 +299,12 @@ def _variable(word: str) -> str:
     return word
 
 
+_EXAMPLES = (
+    "dual-policy launch sky train --gpus H100 --spot --dry-run run=first \\\n"
+    "      +user=dual_policy_checkpoint_example",
+    "dual-policy launch slurm --gpus 1 --partition gpu --dry-run run=first \\\n"
+    "      +user=dual_policy_checkpoint_example",
+)
 _COMMANDS: dict[str, tuple[Callable[[list[str], Main], int], str]] = {
     "sky": (launch_sky, "on a cloud, with SkyPilot: a cluster or a managed job"),
     "slurm": (launch_slurm, "as a job in Slurm's queue"),

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from dual_policy_plugin.commands import npc_facts
 from dual_policy_plugin.commands.npc_cache import run_cache
-from dual_policy_plugin.commands.words import choose_command, parse_words
+from dual_policy_plugin.commands.words import choose_command, make_parser, parse_words
 from dual_policy_plugin.config import SELECTOR_TYPES, Config, PolicySource, check_selector
 from dual_policy_plugin.errors import ConfigError, NpcError, RunError
 from dual_policy_plugin.files import encode_json
@@ -34,7 +34,7 @@ Answer = tuple[str, int]
 
 def run(words: list[str]) -> int:
     """Runs `dual-policy npc <words>` and returns the exit code."""
-    command = choose_command("dual-policy npc", words, _COMMANDS)
+    command = choose_command("dual-policy npc", words, _COMMANDS, examples=_EXAMPLES)
     if command is None:
         return 0
     text, exit_code = command(words[1:])
@@ -45,19 +45,30 @@ def run(words: list[str]) -> int:
 
 def resolve_policies(words: list[str]) -> Answer:
     """`npc resolve`: the policies that a URI or a selector names now, pinned, as a table or as JSON."""
-    parser = argparse.ArgumentParser(
-        prog="dual-policy npc resolve",
-        description="Pins the policies that a URI names, as a run would, and shows what they are.",
-        epilog="The selector's options are the keys of trainer.dual_policy.checkpoint_npc.",
+    parser = make_parser(
+        "dual-policy npc resolve",
+        "URI [options]",
+        "Pins the policies that a URI names, as a run would, and shows what they are.",
+        note="The selector's options are the keys of trainer.dual_policy.checkpoint_npc.",
+        examples=(
+            "dual-policy npc resolve builtin://arena/medium",
+            "dual-policy npc resolve train_dir/first --type all",
+            "dual-policy npc resolve wandb://entity/project --type top --range 3 \\\n"
+            "      --metric dual_policy/win_rate",
+        ),
     )
     parser.add_argument("uri", metavar="URI", help="path, file://, wandb://, s3:// or builtin://")
-    parser.add_argument("--type", default="specific", help=f"{', '.join(SELECTOR_TYPES)} (specific)")
-    parser.add_argument("--range", default=1, type=_whole, help="how many of them (1)")
-    parser.add_argument("--metric", default="epoch", help="what `top` orders by; shown as a column (epoch)")
+    parser.add_argument("--type", metavar="TYPE", default="specific", help=f"{', '.join(SELECTOR_TYPES)} (specific)")
+    parser.add_argument("--range", metavar="N", default=1, type=_whole, help="how many of them (1)")
+    parser.add_argument(
+        "--metric", metavar="NAME", default="epoch", help="what `top` orders by; shown as a column (epoch)"
+    )
     parser.add_argument(
         "--filter", default=[], action="append", type=_filter, metavar="KEY=VALUE", help="what the metadata must say"
     )
-    parser.add_argument("--seed", default=1, type=_whole, help="the run's seed, which `rand` draws with (1)")
+    parser.add_argument(
+        "--seed", metavar="N", default=1, type=_whole, help="the run's seed, which `rand` draws with (1)"
+    )
     parser.add_argument("--json", action="store_true", help="all that is known, as a list of objects")
     args = parse_words(parser, words)
     metric = args.metric if args.type == "top" else "epoch"
@@ -76,9 +87,14 @@ def resolve_policies(words: list[str]) -> Answer:
 
 def inspect_policy(words: list[str]) -> Answer:
     """`npc inspect`: what one policy file holds, after every check that loading makes of it."""
-    parser = argparse.ArgumentParser(
-        prog="dual-policy npc inspect",
-        description="Reads one policy file, checks all of it, runs nothing, and says what it holds.",
+    parser = make_parser(
+        "dual-policy npc inspect",
+        "FILE [--tensors] [--json]",
+        "Reads one policy file, checks all of it, runs nothing, and says what it holds.",
+        examples=(
+            "dual-policy npc inspect builtin://arena/medium --tensors",
+            "dual-policy npc inspect train_dir/first/checkpoints/best.safetensors",
+        ),
     )
     parser.add_argument("file", metavar="FILE", help="a .safetensors or .pt file; any URI will do")
     parser.add_argument("--tensors", action="store_true", help="list every tensor too")
@@ -96,15 +112,23 @@ def inspect_policy(words: list[str]) -> Answer:
 
 def lock_policies(words: list[str]) -> Answer:
     """`npc lock`: pins the policies of configs and writes the lock that `trainer.dual_policy.lock=` takes."""
-    parser = argparse.ArgumentParser(
-        prog="dual-policy npc lock",
-        description="Pins the NPCs of a config without training. Train from the lock with "
-        "trainer.dual_policy.lock=PATH, anywhere and any number of times.",
-        epilog="CONFIG is what `dual-policy train` takes (+user=mine, key=value), a file with a defaults list, or the "
+    parser = make_parser(
+        "dual-policy npc lock",
+        "CONFIG... [--output FILE]",
+        "Pins the NPCs of a config without training. Train from the lock with trainer.dual_policy.lock=PATH, anywhere "
+        "and any number of times.",
+        note="CONFIG is what `dual-policy train` takes (+user=mine, key=value), a file with a defaults list, or the "
         "config.yaml of a run; several files give one lock.",
+        examples=(
+            "dual-policy npc lock +dual_policy=checkpoint \\\n"
+            "      trainer.dual_policy.checkpoint_npc.uri=builtin://arena/weak",
+            "dual-policy npc lock train_dir/first/config.yaml --output again.lock.json",
+        ),
     )
     parser.add_argument("config", nargs="+", metavar="CONFIG", help="overrides, or .yaml files")
-    parser.add_argument("-o", "--output", type=Path, default=Path(LOCK_NAME), help=f"({LOCK_NAME})")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", type=Path, default=Path(LOCK_NAME), help=f"the lock to write ({LOCK_NAME})"
+    )
     args = parse_words(parser, words, is_mixed=True)
     _check_no_run(args.output)
     from dual_policy_plugin.launch.preflight import pin_configs
@@ -199,6 +223,11 @@ def _clients_silenced() -> contextlib.AbstractContextManager[object]:
     return contextlib.redirect_stdout(sys.stderr)
 
 
+_EXAMPLES = (
+    "dual-policy npc resolve builtin://arena/medium",
+    "dual-policy npc inspect builtin://arena/medium",
+    "dual-policy npc cache ls",
+)
 _COMMANDS: dict[str, tuple[Callable[[list[str]], Answer], str]] = {
     "resolve": (resolve_policies, "the policies that a URI or a selector names, pinned"),
     "inspect": (inspect_policy, "what one policy file holds"),

@@ -8,7 +8,7 @@ import sys
 from datetime import UTC, datetime
 
 from dual_policy_plugin.commands.npc_facts import NOTHING, size
-from dual_policy_plugin.commands.words import parse_words
+from dual_policy_plugin.commands.words import make_parser, parse_words
 from dual_policy_plugin.files import encode_json
 from dual_policy_plugin.npc.cache import ROOT_VARIABLE, SIZE_VARIABLE, Cache
 from dual_policy_plugin.report.tables import format_table
@@ -18,14 +18,20 @@ ACTIONS = ("ls", "prune", "verify")
 
 def run_cache(words: list[str]) -> tuple[str, int]:
     """`npc cache {ls,prune,verify}`: the text for standard output, and the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="dual-policy npc cache",
-        description="The cache of fetched policies: ls lists them, the last used first; prune removes what was used "
-        "longest ago, never what a live run uses; verify hashes all of them and removes what is damaged (exit code 1).",
-        epilog=f"The cache stands in {ROOT_VARIABLE} (~/.cache/dual-policy), bound by {SIZE_VARIABLE} (20).",
+    parser = make_parser(
+        "dual-policy npc cache",
+        "{ls,prune,verify} [options]",
+        "The cache of fetched policies: ls lists them, the last used first; prune removes what was used longest ago, "
+        "never what a live run uses; verify hashes all of them and removes what is damaged (exit code 1).",
+        note=f"The cache stands in {ROOT_VARIABLE} (~/.cache/dual-policy), bound by {SIZE_VARIABLE} (20).",
+        examples=(
+            "dual-policy npc cache ls",
+            "dual-policy npc cache prune --gb 5",
+            "dual-policy npc cache verify",
+        ),
     )
-    parser.add_argument("action", choices=ACTIONS)
-    parser.add_argument("--gb", type=_gigabytes, help=f"prune: how much may stay ({SIZE_VARIABLE})")
+    parser.add_argument("action", choices=ACTIONS, metavar="ACTION", help=", ".join(ACTIONS))
+    parser.add_argument("--gb", type=_gigabytes, metavar="GB", help=f"prune: how much may stay ({SIZE_VARIABLE})")
     parser.add_argument("--json", action="store_true", help="ls: as a list of objects")
     args = parse_words(parser, words)
     for option, value, action in (("--gb", args.gb, "prune"), ("--json", args.json or None, "ls")):

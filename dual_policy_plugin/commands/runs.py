@@ -9,10 +9,10 @@ import re
 import sys
 from dataclasses import asdict
 
-from dual_policy_plugin.commands.words import parse_words
+from dual_policy_plugin.commands.words import make_parser, parse_words
 from dual_policy_plugin.errors import ConfigError, NoRunsError
 from dual_policy_plugin.report.tables import format_table
-from dual_policy_plugin.wandb_runs import ORDERS, STATES, WandbRun, list_runs, wandb_defaults
+from dual_policy_plugin.wandb_runs import DEFAULT_PROJECT, ORDERS, STATES, WandbRun, list_runs, wandb_defaults
 
 FORMATS = ("table", "json", "uris")
 COLUMNS = ("Run Name", "Score", "Created", "WandB URI")
@@ -50,12 +50,10 @@ def _entity_and_project(args: argparse.Namespace) -> tuple[str | None, str]:
         from dual_policy_plugin.composition import compose_config
 
         wandb = compose_config(args.overrides)[0].wandb
-        entity, project = entity or wandb.entity, project or wandb.project
+        entity, project = entity or wandb.entity, project or wandb.project or DEFAULT_PROJECT
     for name, value in (("entity", entity), ("project", project)):
         if value is not None and (not value.isprintable() or re.search(r"[/\\#?%:]", value) or not value.strip()):
             raise ConfigError(f"--{name}={value!a} is no name; use it as it stands in the address of the W&B page")
-    if project is None:
-        raise ConfigError("no W&B project; name it with --project, WANDB_PROJECT or wandb.project=")
     return entity, project
 
 
@@ -65,15 +63,20 @@ def _format(runs: list[WandbRun]) -> str:
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="dual-policy runs",
-        description="Lists the runs of a W&B project, and the URI of the newest policy that each of them published.",
-        epilog="Exit codes: 4 no runs, 5 no login or no access, 6 no network. Overrides such as wandb.project=arena "
+    parser = make_parser(
+        "dual-policy runs",
+        "[options] [key=value ...]",
+        "Lists the runs of a W&B project, and the URI of the newest policy that each of them published.",
+        note="Exit codes: 4 no runs, 5 no login or no access, 6 no network. Overrides such as wandb.project=arena "
         "are read where neither an option nor the W&B settings name entity and project.",
+        examples=(
+            "dual-policy runs --project arena",
+            "dual-policy runs --project arena --state finished --order -score --format uris",
+        ),
     )
     parser.add_argument("--entity", help="user or team (W&B settings, then the config, then the login's own)")
     parser.add_argument("--project", help="(W&B settings, then the config)")
-    parser.add_argument("--limit", type=_positive, default=20, help="how many runs (20)")
+    parser.add_argument("--limit", type=_positive, metavar="N", default=20, help="how many runs (20)")
     parser.add_argument("--state", choices=STATES, default="all", help="only runs in this state (all)")
     parser.add_argument("--format", choices=FORMATS, default="table", help="(table)")
     parser.add_argument(

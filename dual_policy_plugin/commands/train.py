@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import math
 import os
 import shutil
 import sys
@@ -47,7 +46,10 @@ def run(words: list[str]) -> int:
     if "--info" not in words:  # Hydra prints it through a logger of its own
         configure_logging()
     is_dry = "--dry-run" in words
-    flags, overrides = _split_flags([word for word in words if word != "--dry-run"], get_args_parser())
+    parser = get_args_parser()
+    parser.prog = "dual-policy train"
+    parser.add_argument("--dry-run", action="store_true", help="Show the stages of a curriculum")
+    flags, overrides = _split_flags([word for word in words if word != "--dry-run"], parser)
     if is_dry:
         overrides += ["hydra.mode=MULTIRUN", "hydra.sweeper.dry_run=true"]
     forget_shown()
@@ -71,8 +73,8 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def _train_job(cfg: DictConfig) -> float:
-    """One job: checks the config, trains, and gives the objective to whatever sweeps."""
+def _train_job(cfg: DictConfig) -> float | None:
+    """One job: checks the config, trains, and gives the objective to whatever sweeps; None where there is none."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import OmegaConf
@@ -96,7 +98,7 @@ def _train_job(cfg: DictConfig) -> float:
         from dual_policy_plugin.train import train
 
         objective = train(config, resolved_yaml=config_text(cfg)).get("objective")
-        return math.nan if objective is None else float(objective)  # no objective: another rank has the result
+        return None if objective is None else float(objective)  # no NaN: Optuna's sweeper would end the study
     except DualPolicyError as error:
         hide_variables(error, cfg)
         show_error(error, job)

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dual_policy_plugin.commands.words import parse_words
+from dual_policy_plugin.commands.words import make_parser, parse_words
 from dual_policy_plugin.errors import EXIT_AGAIN, EXIT_LIMIT, ConfigError
 from dual_policy_plugin.heartbeat import VARIABLE, noted_exit, read_age
 
@@ -182,12 +182,16 @@ def _say(line: str) -> None:
 
 def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our options, and the command, whose words are not looked at."""
-    parser = argparse.ArgumentParser(
-        prog="dual-policy watch",
-        usage="dual-policy watch [options] -- COMMAND...",
-        description="Runs COMMAND, ends it when it gives no sign of life or has taken too long, and hands signals on.",
-        epilog="Exit codes: COMMAND's own, 128 + n where signal n ended it; 75 it hung, to be started again; 7 the "
+    parser = make_parser(
+        "dual-policy watch",
+        "[options] -- COMMAND...",
+        "Runs COMMAND, ends it when it gives no sign of life or has taken too long, and hands signals on.",
+        note="Exit codes: COMMAND's own, 128 + n where signal n ended it; 75 it hung, to be started again; 7 the "
         "time was over, not to be.",
+        examples=(
+            "dual-policy watch --max-runtime-hours 2 -- dual-policy train run=first",
+            "dual-policy watch --heartbeat-timeout-seconds 600 -- dual-policy demo",
+        ),
     )
     for name, default, metavar, text in _AMOUNTS:
         parser.add_argument(name, type=_amount, default=default, metavar=metavar, help=f"{text} ({default:g})")
