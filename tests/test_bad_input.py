@@ -39,7 +39,7 @@ TOTAL = "trainer.total_timesteps"
 STEPS = 128  # learner steps of an iteration of SMALL
 SMALL = [
     "env.num_envs=4", "trainer.horizon=8", "trainer.num_minibatches=2", "trainer.threads=1", "trainer.precision=fp32",
-    "agent.hidden_size=16", "evals.episodes=0", "device=cpu",
+    "agent.hidden_size=16", "evals.episodes=0", "device=cpu", "report=false",
 ]  # fmt: skip
 ARENA = [*SMALL, "env.episode_steps=16", "+dual_policy=checkpoint", f"{URI}=builtin://arena/forager"]
 TOY = [*SMALL, "env.name=toy_game"]

@@ -28,7 +28,8 @@ def test_demo_ends_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert float(before) < 0.2
     assert float(low) <= float(after) <= float(high)
     assert (episodes, steps) == ("64", "0.1")
-    result = json.loads(Path(report).read_text())
+    assert Path(report).name == "report.html"
+    result = json.loads(Path(report).with_name("result.json").read_text())
     assert result["evals"][0]["win_rate"] == pytest.approx(float(after), abs=0.005)
     assert result["npcs"][0]["uri"] == "builtin://arena/medium"
 

@@ -31,6 +31,7 @@ PREFIX = "s3://policies/team"
 TRAIN = (
     *("run=exp/a", "env.num_envs=4", "trainer.horizon=8", "trainer.num_minibatches=1", "trainer.checkpoint_interval=2"),
     *("trainer.total_timesteps=768", "evals.episodes=0", "agent.hidden_size=16", "+dual_policy=checkpoint"),
+    "report=false",
     "trainer.dual_policy.checkpoint_npc.uri=builtin://arena/forager",
 )
 

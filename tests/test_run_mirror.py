@@ -938,6 +938,7 @@ WORDS = (
     "evals.episodes=8", "trainer.horizon=8", "trainer.threads=1", "trainer.num_minibatches=2",
     "trainer.checkpoint_interval=3", "trainer.state_interval_s=0", "trainer.keep_checkpoints=1",
     f"trainer.total_timesteps={18 * 8 * 8 * 4}", "+dual_policy=self_play", f"{DUAL}.self_play.window=1",
+    "report=false",
     f"{DUAL}.self_play.snapshot_interval=3", f"{DUAL}.pool=[builtin://arena/weak]", f"{DUAL}.matchmaking=pfsp",
 )  # fmt: skip
 """18 iterations against an NPC and snapshots that leave the pool again; a state after each."""

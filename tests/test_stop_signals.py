@@ -45,6 +45,7 @@ NUM_ITERATIONS = 18
 SMALL = (
     "device=cpu", "wandb=off", "agent.hidden_size=16", "env.num_envs=8", "env.episode_steps=12", "evals.episodes=8",
     "trainer.horizon=8", "trainer.threads=1", "trainer.num_minibatches=2", "trainer.checkpoint_interval=5",
+    "report=false",
     "trainer.keep_checkpoints=1", f"trainer.total_timesteps={NUM_ITERATIONS * 8 * 8 * 4}",
 )  # fmt: skip
 CASES = {

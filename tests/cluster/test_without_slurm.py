@@ -30,7 +30,7 @@ __all__ = ["_clean"]  # no variables of the machine's, log handlers as they were
         ),
         (
             ["-m", "hydra/launcher=dual_policy_slurm", "hydra.launcher.gpus=2"],
-            "hydra.launcher.gpus is not a known key; `--cfg job` lists all keys",
+            "hydra.launcher.gpus is not a known key; `--cfg hydra` lists all keys",
         ),
     ],
 )
@@ -209,10 +209,12 @@ def test_states_come_from_squeue_and_a_forgotten_job_has_ended(tmp_path: Path, m
     states.update()
     assert states.is_done("7_0", mode="cache")
     assert states.waiting_for() == ["7_1"]
+    assert states._shown is not None  # that it is waited for
     listed.write_text("")
     states.update()
     assert states.get_state("7_1", mode="cache") == "ENDED"
     assert states.waiting_for() == []
+    assert states._shown is None
 
 
 def test_a_controller_that_does_not_answer_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,3 +228,4 @@ def test_a_controller_that_does_not_answer_is_asked_again(tmp_path: Path, monkey
     states._info_dict["7"] = {"State": "RUNNING"}
     states.update()
     assert states.waiting_for() == ["7"]
+    states.end_wait()

@@ -36,6 +36,7 @@ main()
 SMALL = [
     "env.num_envs=4", "env.episode_steps=16", "trainer.horizon=8", "trainer.num_minibatches=2", "trainer.threads=1",
     "trainer.precision=fp32", "agent.hidden_size=16", "evals.episodes=0", "device=cpu", "+dual_policy=checkpoint",
+    "report=false",
 ]  # fmt: skip
 
 

@@ -35,7 +35,7 @@ WORDS = (
     "hydra.sweeper.episodes=192", "hydra.sweeper.rating_episodes=64", "-m", "seed=1,2", "run=toy", "device=cpu",
     "env.num_envs=8", "env.episode_steps=32", "trainer.horizon=8", "trainer.num_minibatches=2", "trainer.threads=1",
     "trainer.precision=fp32", "agent.hidden_size=16", "trainer.total_timesteps=8000", "trainer.checkpoint_interval=8",
-    "evals.episodes=16",
+    "evals.episodes=16", "report=false",
 )  # fmt: skip
 _POLL_S = 0.005
 _TIMEOUT_S = 240.0

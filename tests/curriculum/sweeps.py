@@ -10,6 +10,7 @@ RANDOM, FORAGER = "builtin://arena/random", "builtin://arena/forager"
 SMALL = [
     "env.num_envs=8", "env.episode_steps=16", "trainer.horizon=8", "trainer.num_minibatches=2", "trainer.threads=1",
     "trainer.precision=fp32", "trainer.total_timesteps=300", "agent.hidden_size=16", "evals.episodes=8", "device=cpu",
+    "report=false",
 ]  # fmt: skip
 SWEEPER = "hydra/sweeper=dual_policy_curriculum"
 

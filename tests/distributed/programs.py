@@ -79,6 +79,7 @@ def small_config(**changes: Any) -> Config:
         device="cpu",
         env=EnvConfig(num_envs=num_envs, args={"episode_steps": 16}),
         evals=EvalsConfig(episodes=episodes),
+        report=False,
         trainer=TrainerConfig(**(trainer | changes), dual_policy=dual),
     )
 

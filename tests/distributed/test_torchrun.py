@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 WORDS = (
     "device=cpu", "env.num_envs=4", "trainer.horizon=16", "+dual_policy=checkpoint", "evals.episodes=4",
+    "report=false",
     "trainer.dual_policy.checkpoint_npc.uri=builtin://arena/medium",
 )  # fmt: skip
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -96,6 +96,7 @@ def oracle_config(folder: Path, table: str, seat: int, seed: int) -> Config:
         agent=AgentConfig(name="mlp", args={"hidden_size": 64}),
         env=EnvConfig(name="kuhn", num_envs=256, args={"num_players": num_players}),
         evals=EvalsConfig(episodes=0),
+        report=False,
     )
 
 

@@ -35,7 +35,7 @@ WORDS = (
     f"{DUAL}.pool=[builtin://arena/weak,builtin://arena/random]", f"{DUAL}.matchmaking=pfsp", "device=cpu", "wandb=off",
     "agent.hidden_size=32", "env.num_envs=8", "env.episode_steps=12", "evals.episodes=8", "trainer.horizon=8",
     "trainer.threads=1", "trainer.num_minibatches=2", "trainer.checkpoint_interval=2", "trainer.keep_checkpoints=1",
-    "trainer.state_interval_s=0", f"trainer.total_timesteps={NUM_ITERATIONS * 8 * 8 * 4}", "run=r",
+    "trainer.state_interval_s=0", f"trainer.total_timesteps={NUM_ITERATIONS * 8 * 8 * 4}", "run=r", "report=false",
 )  # fmt: skip
 SHORT = (*WORDS, f"trainer.total_timesteps={8 * 8 * 8 * 4}")
 """A third of it: two snapshots join the pool, and retention removes checkpoints."""

@@ -49,7 +49,7 @@ from tests.rl.real_env_hosts import make_clock, make_logged, make_surveyed
 ROOT = Path(__file__).parents[2]
 SMALL = (
     "trainer.total_timesteps=256", "trainer.horizon=8", "trainer.num_minibatches=2", "trainer.threads=1",
-    "trainer.num_workers=1", "agent.hidden_size=16", "env.num_envs=2", "evals.episodes=4",
+    "trainer.num_workers=1", "agent.hidden_size=16", "env.num_envs=2", "evals.episodes=4", "report=false",
 )  # fmt: skip
 
 

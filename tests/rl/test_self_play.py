@@ -34,7 +34,7 @@ from tests.harness import CPU
 
 DUAL = "trainer.dual_policy"
 SMALL = [
-    "device=cpu", "agent.hidden_size=16", "env.num_envs=8", "evals.episodes=0", "trainer.horizon=8",
+    "device=cpu", "agent.hidden_size=16", "env.num_envs=8", "evals.episodes=0", "trainer.horizon=8", "report=false",
     "trainer.threads=1", "trainer.num_minibatches=2", "trainer.anneal_lr=false", "trainer.checkpoint_interval=1000",
     "wandb=off",
 ]  # fmt: skip
