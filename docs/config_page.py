@@ -35,9 +35,10 @@ from dual_policy_plugin.pool_config import MatchmakingConfig, SelfPlayConfig, Sh
 
 HEAD = """# Configuration
 
-Generated from the source by `make docs-reference`. Any key is set on the command line (`trainer.horizon=64`), in a file
-of yours (`+user=mine`), or swept (`-m seed=1,2,3`); a wrong one is answered with the nearest right one. `null` leaves a
-default. `dual-policy train --cfg job` prints what a command means, and a run writes it to its `config.yaml`.
+Generated from the source by `make docs-reference`. Any key is set on the command line (`trainer.horizon=64`), in a
+[file of yours](quick_start.md#a-file-of-your-own) (`+user=mine`), or swept (`-m seed=1,2,3`); a wrong one is answered
+with the nearest right one. `null` leaves a default. `dual-policy train --cfg job` prints what a command means, and a
+run writes it to its `config.yaml`.
 """
 DUAL_POLICY_HEAD = """`+dual_policy=checkpoint` and `+dual_policy=self_play` switch this node on; in another Hydra app they put it there.
 Every value is null until you say something, so that the program can tell what you said from what is a default. A setting
@@ -58,6 +59,9 @@ VARIABLES = """## Variables of the environment
 | `DUAL_POLICY_COMMIT` | on a launched node: the commit that the log names |
 | `WANDB_API_KEY`, `WANDB_BASE_URL`, `WANDB_MODE`, `WANDB_PROJECT`, `WANDB_ENTITY` | as W&B reads them |
 | `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, `AWS_REGION`, `AWS_ENDPOINT_URL` | as boto3 reads them |
+| `CUDA_VISIBLE_DEVICES` | which GPUs there are; empty: none |
+| `OMP_NUM_THREADS`, `OMP_WAIT_POLICY` | threads of what torch calls, and how they wait; `trainer.threads` sets torch's own |
+| `NO_COLOR`, `COLUMNS` | no colours; how wide a help or a table may be |
 | `MASTER_ADDR`, `MASTER_PORT`, `RANK`, `WORLD_SIZE`, `LOCAL_RANK` | several ranks, as `torchrun` sets them ([distributed.md](distributed.md)) |
 | `GIT_TOKEN`, `GIT_SSH_KEY_PATH` | for nodes that fetch a private remote ([launch.md](launch.md)) |
 """

@@ -146,7 +146,7 @@ def _load_pool(listed: object, key: str) -> list[PolicySource]:
     if listed in (None, {}, []):
         return []
     if not isinstance(listed, list) or not all(isinstance(one, dict | str) for one in listed):
-        raise ConfigError(f"{key}={listed!r} is not possible; use a list of nodes, each like checkpoint_npc")
+        raise ConfigError(f"{key}={listed!r} is not possible; use a list of URIs, or of nodes like checkpoint_npc")
     sources = []
     for i, one in enumerate(listed):
         node = rename_older({"uri": one} if isinstance(one, str) else one, f"{key}[{i}]", "uri")

@@ -46,8 +46,8 @@ def nearest_key(key: str, keys: typing.Iterable[str]) -> str | None:
     if near:
         return siblings[near[0]]
     elsewhere = [name for name in keys if name.rpartition(".")[2] == leaf]
-    if elsewhere:
-        return min(elsewhere, key=len)
+    if elsewhere:  # the one that was written from its middle on; an NPC's rather than that of the learner's start
+        return min(elsewhere, key=lambda name: (not name.endswith(f".{key}"), "initial_policy" in name, len(name)))
     others = [name for name in keys if not key.startswith(f"{name}.")]
     return next(iter(difflib.get_close_matches(key, others, n=1, cutoff=0.8)), None)
 

@@ -26,9 +26,9 @@ from dual_policy_plugin.devices import choose_device
 from dual_policy_plugin.distributed import Ranks
 from dual_policy_plugin.errors import EnvError, RunError
 from dual_policy_plugin.evaluate import assign_seats
-from dual_policy_plugin.foreign.arrays import Array, as_table, fill_table, pick_seats, same_kind
+from dual_policy_plugin.foreign.arrays import Array, as_actions, as_table, fill_table, pick_seats, same_kind
 from dual_policy_plugin.foreign.opening import hold_to_lock, keep_lock, load_node, seat_npcs
-from dual_policy_plugin.foreign.spaces import as_actions, as_space
+from dual_policy_plugin.foreign.spaces import action_names_of, as_space
 from dual_policy_plugin.players import pin_players
 from dual_policy_plugin.policies.build import compute_dtype, given_architectures
 from dual_policy_plugin.policies.npcs import LOCK_NAME, recorded_npcs
@@ -117,13 +117,14 @@ class DualPolicy:
         dual = load_node(config, key)
         for name, count in (("num_envs", num_envs), ("num_agents", num_agents)):
             check(type(count) is int and count > 0, name, count, "use a whole number above 0")
+        check(type(seed) is int, "seed", seed, "use a whole number")
         space, obs_shape = as_space(observation_space)
         spec = EnvSpec(
             name="yours",
             num_envs=num_envs,
             num_agents=num_agents,
             observation_space=space,
-            actions=as_actions(actions),
+            actions=action_names_of(actions),
             max_episode_steps=1,  # nobody asks
         )
         assignment = assign_seats(num_agents, dual)
@@ -172,7 +173,8 @@ class DualPolicy:
         Raises:
             EnvError: as `act`.
         """
-        return fill_table(actions, self.learner_seats, self._act(obs), self.npc_seats)
+        mine = as_actions(actions, (self._spec.num_envs, len(self.learner_seats)))
+        return fill_table(mine, self.learner_seats, self._act(obs), self.npc_seats)
 
     @torch.no_grad()
     def end_step(self, rewards: Any, dones: Any, episode_ends: Any = None, *, scores: Any = None) -> None:
@@ -228,7 +230,8 @@ class DualPolicy:
         """All that a resume needs: plain values, and tensors on the CPU."""
         roster = None if self._roster is None else self._roster.as_dict()
         tensors = {name: tensor.to("cpu", copy=True) for name, tensor in self._tensors().items()}
-        return {"facts": self._facts(), "step": self._step, "roster": roster, "tensors": tensors}
+        counts = {"step": self._step, "has_acted": self._has_acted}
+        return {"facts": self._facts(), **counts, "roster": roster, "tensors": tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where `state_dict` was taken. Where your envs begin anew, call `start_episodes` after it.
@@ -245,7 +248,7 @@ class DualPolicy:
             self._pool.set_probabilities(self._roster.probabilities())
         for name, tensor in self._tensors().items():
             tensor.copy_(state["tensors"][name])
-        self._step, self._has_acted = int(state["step"]), False
+        self._step, self._has_acted = int(state["step"]), bool(state["has_acted"])
 
     def close(self) -> None:
         """Gives the NPCs' files in the cache free; may be called twice."""
@@ -283,9 +286,10 @@ class DualPolicy:
         return self._u_act[t], self._u_draw[t]
 
     def _facts(self) -> dict[str, Any]:
-        """What a state belongs to, besides its NPCs."""
+        """What a state belongs to."""
         envs = {"num_envs": self._spec.num_envs, "num_agents": self._spec.num_agents}
-        return envs | {"learner_seats": self.learner_seats, "seed": self._seed}
+        npcs = [str(one["sha256"])[:12] for one in self.npcs]
+        return envs | {"learner_seats": self.learner_seats, "seed": self._seed, "npcs": npcs}
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that changes, written in place."""

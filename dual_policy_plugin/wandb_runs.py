@@ -6,6 +6,7 @@ Asks the W&B client, gives plain rows. Each row's URI is immutable (`...:v7`) an
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import re
@@ -14,7 +15,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dual_policy_plugin.errors import NoLoginError, NoNetworkError, NoRunsError, NpcError, NpcNotFoundError, WandbError
+from dual_policy_plugin.errors import (
+    ConfigError,
+    NoLoginError,
+    NoNetworkError,
+    NoRunsError,
+    NpcError,
+    NpcNotFoundError,
+    WandbError,
+)
 from dual_policy_plugin.npc.sources.http import quiet_logs
 from dual_policy_plugin.npc.sources.wandb_artifacts import model_uri, newest_model, policy_file
 from dual_policy_plugin.npc.uri import parse_uri
@@ -30,6 +39,11 @@ PAGE = 100
 DEFAULT_PROJECT = "dual-policy"
 """Where neither the config nor W&B's settings name one."""
 
+_WANDB_MODES = {
+    "online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "off", "off": "off",
+}  # fmt: skip
+"""The values of WANDB_MODE that the client knows, and our own word."""
+
 # The client tries again for minutes by default. A retry count times a wait above the timeout would hide the cause.
 _BOUNDS = {
     "WANDB__GRAPHQL_RETRY_MAX": "2",
@@ -43,6 +57,7 @@ _NO_NETWORK = re.compile(
     re.IGNORECASE,
 )
 _NO_ACCESS = re.compile(r"permission denied|forbidden|\b403\b|\b401\b|not logged in|relogin", re.IGNORECASE)
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -210,3 +225,25 @@ def clean(text: str) -> str:
     text = re.sub(r"(\w+://[^\s?\"']*)\?[^\s\"']*", r"\1?...", text)
     text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+def quieter_mode(mode: str, variable: str) -> str:
+    """What becomes of wandb.mode where WANDB_MODE is set: the quieter of the two, which is said where they differ.
+
+    Args:
+        mode: off, offline or online.
+        variable: the value of WANDB_MODE; empty: not set.
+
+    Raises:
+        ConfigError: W&B has no such mode, and wandb.mode is not off.
+    """
+    if not variable:
+        return mode
+    asked = _WANDB_MODES.get(variable.lower())
+    if asked is None and mode != "off":
+        raise ConfigError(f"WANDB_MODE={variable} is not possible; use online, offline or disabled, or unset it")
+    quieter = min(mode, asked or mode, key=("off", "offline", "online").index)
+    if asked not in (None, mode):
+        why = "nothing is sent" if quieter == "off" else "`wandb sync` sends the run later"
+        _logger.info("WANDB_MODE=%s and wandb.mode=%s: %s wins, %s", variable, mode, quieter, why)
+    return quieter

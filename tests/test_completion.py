@@ -133,6 +133,17 @@ def test_candidates_of_overrides() -> None:
     assert {"agent=", "+user=", "+sweep=", "run=", "trainer."} <= set(override_candidates(""))
 
 
+def test_no_interpolation_is_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would show what a variable holds, and `${npc:...}` would fetch a policy."""
+    monkeypatch.setenv("CANARY", "canary")
+    for key in ("run", "hydra.run.dir", "wandb.project", "wandb.tags.0"):
+        words = ["run=${oc.env:CANARY}", "wandb.project=${oc.env:CANARY}", "wandb.tags=['${oc.env:CANARY}']"]
+        assert not any("canary" in one for one in override_candidates(f"{key}=", words)), key
+    assert override_candidates("run=", ["run=${npc:builtin://arena/weak}"]) == []
+    assert override_candidates("run=", ["run=plain"]) == ["run=plain"]
+    assert override_candidates("wandb.pro", ["run=${oc.env:CANARY}"]) == ["wandb.project="]
+
+
 def test_it_is_silent_whatever_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ask("dual-policy nope ", "dual-policy train 'trainer.x", "dual-policy npc nope x") == [set(), set(), set()]
     monkeypatch.setenv("LOG_LEVEL", "loud")

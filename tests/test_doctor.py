@@ -16,7 +16,8 @@ import dual_policy_plugin
 from dual_policy_plugin.cli import main
 from dual_policy_plugin.commands import doctor
 from dual_policy_plugin.commands.doctor import examine
-from dual_policy_plugin.commands.doctor_probes import Finding, _enabled_clouds
+from dual_policy_plugin.commands.doctor_findings import Finding
+from dual_policy_plugin.commands.doctor_services import _enabled_clouds
 from tests.security.canaries import CANARIES, found_in, plant
 from tests.services.fixtures import s3_server, wandb_server  # noqa: F401
 from tests.services.s3_server import S3Server
@@ -301,8 +302,8 @@ def test_no_secret_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     home = tmp_path / "home"
     home.mkdir()
     variables = plant(home) | {
-        "WANDB_BASE_URL": f"http://me:{CANARIES['HTTPS_PROXY']}@127.0.0.1:9",
-        "AWS_ENDPOINT_URL": f"http://me:{CANARIES['ALL_PROXY']}@127.0.0.1:9",
+        "WANDB_BASE_URL": f"http://me:{CANARIES['HTTPS_PROXY']}@127.0.0.1:9/?key={CANARIES['FTP_PROXY']}",
+        "AWS_ENDPOINT_URL": f"http://me:{CANARIES['ALL_PROXY']}@127.0.0.1:9/?key={CANARIES['FTP_PROXY']}",
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
@@ -280,8 +280,24 @@ def test_a_resume_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
     state = stopped.state_dict()
     with pytest.raises(RunError, match="seed"):
         open_dual(config, seed=4).load_state_dict(state)
-    with pytest.raises(RunError, match="other NPCs"):
+    with pytest.raises(RunError, match=r"'npcs': \['[0-9a-f]{12}', '[0-9a-f]{12}'\]"):
         open_dual(node(uris[1], pool=[uris[0]])).load_state_dict(state)
+    write(tmp_path / "a.safetensors", seed=2)  # the name is the same, the bytes are not
+    with pytest.raises(RunError, match="start a new run"):
+        open_dual(config).load_state_dict(state)
+
+
+def test_a_state_from_within_a_step_goes_on_there(tmp_path: Path) -> None:
+    """The actions were taken: to take them again would move a recurrent net's state on twice."""
+    uri = write(tmp_path / "c.safetensors", "counting")
+    dual, resumed = open_dual(uri), open_dual(uri)
+    dual.act(observations())
+    resumed.load_state_dict(dual.state_dict())
+    with pytest.raises(EnvError, match="call end_step between"):
+        resumed.act(observations())
+    for one in (dual, resumed):
+        one.end_step(np.zeros((ENVS, AGENTS)), np.zeros(ENVS))
+    assert np.array_equal(resumed.act(observations()), dual.act(observations()))
 
 
 def test_the_lock_is_written_when_all_is_well_and_held_to(tmp_path: Path) -> None:
@@ -398,6 +414,12 @@ def test_the_node_may_be_omegaconfs(tmp_path: Path) -> None:
         ({"architectures": {"plain": lambda space, actions: nn.Identity()}}, CheckpointError, "unexpected"),
         ({"observation_space": Box(-1, 1, (5,))}, SpacesError, "it has 3 features, the env 5"),
         ({"device": "cuda:7"}, ConfigError, "device=cuda:7"),
+        ({"seed": None}, ConfigError, "seed=None is not possible; use a whole number"),
+        ({"actions": MultiDiscrete([3, 2])}, ConfigError, "use an env with Discrete actions"),
+        ({"actions": range(3)}, ConfigError, "give each a name of its own, or pass the number"),
+        ({"actions": ("stay", "left", "left")}, ConfigError, "give each a name of its own"),
+        ({"actions": ()}, ConfigError, "give each a name of its own"),
+        ({"run_dir": "/dev/null/run"}, RunError, "run_dir=/dev/null/run cannot be made: Not a directory; use"),
     ],
 )
 def test_what_is_wrong_ends_open(tmp_path: Path, changes: dict[str, Any], error: type, message: str) -> None:
@@ -444,11 +466,11 @@ def test_wrong_arrays_are_named_with_what_was_expected(tmp_path: Path) -> None:
     dual.end_step(table, table)
     with pytest.raises(EnvError, match=r"actions has shape \(6, 4\), expected .* \(6, 2\) or \(12,\)"):
         dual.fill(table.astype(int), obs)
-    dual.end_step(table, table)
     with pytest.raises(EnvError, match="whole numbers"):
         dual.fill(table[:, :2], obs)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # at the import of torch.compile
 def test_a_policy_file_that_would_not_load_is_not_written(tmp_path: Path) -> None:
     spaces = {"observation_space": BOX, "actions": ACTIONS}
     net = Plain(SPACE, ACTIONS)
@@ -456,6 +478,11 @@ def test_a_policy_file_that_would_not_load_is_not_written(tmp_path: Path) -> Non
         save_policy(tmp_path / "a.pt", net, agent="plain", **spaces)  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="plain numbers"):
         save_policy(tmp_path / "a.safetensors", net, agent="plain", args={"f": print}, **spaces)  # type: ignore[arg-type]
+    for wrapped in (torch.compile(net), nn.DataParallel(net)):
+        with pytest.raises(CheckpointError, match=r"pass the net itself$"):
+            save_policy(tmp_path / "a.safetensors", wrapped, agent="plain", **spaces)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="agent=None is not possible"):
+        save_policy(tmp_path / "a.safetensors", net, agent=None, **spaces)  # type: ignore[arg-type]
     net.body.weight.data[0, 0] = float("nan")
     with pytest.raises(CheckpointError, match="not finite"):
         save_policy(tmp_path / "a.safetensors", net, agent="plain", **spaces)  # type: ignore[arg-type]

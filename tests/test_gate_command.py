@@ -74,6 +74,19 @@ def test_unequal_sides_are_played_in_both_orders(capsys: pytest.CaptureFixture[s
     assert (code, line.partition(":")[0]) == (1, "weaker")
 
 
+def test_the_seats_may_be_said_without_switching_an_npc_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """One seat against three; other words of the node are still asked about."""
+    games = ("env.episode_steps=8", "--max-episodes=128")  # too short for all of them to be won
+    seats = ("trainer.dual_policy.training_agents_pct=0.25", "trainer.dual_policy.assignment=last")
+    said = gate(capsys, FORAGER, RANDOM, *games, *seats)
+    assert said == gate(capsys, FORAGER, RANDOM, *games, *seats, "trainer.dual_policy.enabled=false")
+    assert said[0] == 0
+    assert said != gate(capsys, FORAGER, RANDOM, *games)
+    code, line = gate(capsys, FORAGER, RANDOM, *seats, "trainer.dual_policy.checkpoint_npc.uri=builtin://arena/weak")
+    assert code == 2
+    assert "but the NPC is not switched on" in line
+
+
 def test_looks_are_fresh_games_and_the_seed_repeats_them(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

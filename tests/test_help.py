@@ -18,7 +18,8 @@ from hydra._internal.utils import get_args_parser
 
 from dual_policy_plugin import cli
 from dual_policy_plugin.cli import main
-from dual_policy_plugin.composition import CONFIG_DIR, compose_config
+from dual_policy_plugin.composition import compose_config
+from dual_policy_plugin.overrides import CONFIG_DIR
 
 HELPS = [
     "", "train", "import", "demo", "npc", "npc resolve", "npc inspect", "npc lock", "npc cache", "runs", "evaluate",

@@ -87,7 +87,7 @@ def override_candidates(prefix: str, words: Sequence[str] = ()) -> list[str]:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.plugins.completion_plugin import DefaultCompletionPlugin
 
-    from dual_policy_plugin.composition import CONFIG_DIR, PRIMARY_CONFIG
+    from dual_policy_plugin.overrides import CONFIG_DIR, PRIMARY_CONFIG
 
     key, equals, _ = prefix.partition("=")
     if equals and (values := list(_values(key.lstrip("+~"), prefix))):
@@ -119,12 +119,23 @@ def _override_completer(parser: argparse.ArgumentParser, words: Sequence[str]) -
 
 
 def _compose(loader: Any, name: str, words: Sequence[str]) -> Any:
+    """The config with the words; of an interpolation nothing, which would tell a variable or fetch a policy."""
     from hydra.types import RunMode
+    from omegaconf import OmegaConf
 
     try:
-        return loader.load_configuration(name, list(words), run_mode=RunMode.MULTIRUN)
+        config = loader.load_configuration(name, list(words), run_mode=RunMode.MULTIRUN)
     except Exception:  # a word before the cursor is wrong; its error comes when the line is run
-        return loader.load_configuration(name, [], run_mode=RunMode.MULTIRUN)
+        config = loader.load_configuration(name, [], run_mode=RunMode.MULTIRUN)
+    return OmegaConf.create(_plain(OmegaConf.to_container(config, resolve=False)))
+
+
+def _plain(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _plain(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_plain(value) for value in node]
+    return None if isinstance(node, str) and "${" in node else node
 
 
 def _is_listed(candidate: str, listed: Iterable[str]) -> bool:

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import traceback
+from pathlib import Path
 
 from dual_policy_plugin.errors import ConfigError, DualPolicyError
 
@@ -20,6 +21,14 @@ def show_error(error: DualPolicyError, job: str = "") -> None:
     if is_full or os.environ.get("LOG_LEVEL", "").upper() == "DEBUG":
         traceback.print_exception(error)
     print(f"error: {job}{error}", file=sys.stderr, flush=True)
+
+
+def show_page(path: Path) -> None:
+    """Opens a page in the user's browser; without one it says where the page is."""
+    import webbrowser
+
+    if not webbrowser.open(path.absolute().as_uri()):
+        print(f"note: no browser was found; open {path} in one", file=sys.stderr)
 
 
 def is_shown(error: BaseException) -> bool:

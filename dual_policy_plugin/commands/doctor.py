@@ -1,6 +1,7 @@
 """`dual-policy doctor`: what of this machine works, and what to do about the rest.
 
-Each probe of `doctor_probes.py` runs in a process of its own, a few at a time, and is ended when it does not answer.
+Each probe, of `doctor_probes.py` and `doctor_services.py`, runs in a process of its own, a few at a time, and is ended
+when it does not answer.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from dual_policy_plugin.commands.doctor_probes import NEEDED, PROBES, TITLES, WRONG, Finding
+from dual_policy_plugin.commands.doctor_findings import WRONG, Finding
+from dual_policy_plugin.commands.doctor_probes import NEEDED, PROBES, TITLES
 from dual_policy_plugin.commands.words import make_parser, parse_words
 from dual_policy_plugin.errors import RunError
 from dual_policy_plugin.waiting import waiting
@@ -71,7 +73,8 @@ def examine(train_dir: Path, probes: Sequence[str]) -> list[Finding]:
     end = time.monotonic() + ALL_S
 
     def ask(name: str) -> list[Finding]:
-        found = _ask(name, train_dir, min(PROBE_S, end - time.monotonic()))
+        left = end - time.monotonic()  # for what training needs all of it: torch may lie on a slow disk
+        found = _ask(name, train_dir, left if name in NEEDED else min(PROBE_S, left))
         advance(1)
         return found
 

@@ -69,8 +69,9 @@ def run(words: list[str]) -> int:
     from dual_policy_plugin.evaluate import cross_play
     from dual_policy_plugin.files import publish, publish_json
     from dual_policy_plugin.npc.resolver import resolve, unique_names
+    from dual_policy_plugin.overrides import with_seats
 
-    config, _ = compose_config(request.overrides)
+    config, _ = compose_config(with_seats(request.overrides))
     with contextlib.redirect_stdout(sys.stderr):  # whatever a client library prints
         found = [resolve(uri) for uri in request.policies]
     names = unique_names([one.name for one in found])
@@ -219,7 +220,7 @@ def _own_word(word: str) -> tuple[str, Any]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    from dual_policy_plugin.composition import mend
+    from dual_policy_plugin.composition_mends import mend
 
     key = word.partition("=")[0]
     if key not in KEYS:

@@ -50,8 +50,9 @@ def run(words: list[str]) -> int:
 
     from dual_policy_plugin.composition import compose_config
     from dual_policy_plugin.npc.resolver import resolve
+    from dual_policy_plugin.overrides import with_seats
 
-    config, _ = compose_config(args.overrides)
+    config, _ = compose_config(with_seats(args.overrides))
     seed = config.seed if args.seed is None else args.seed
     with contextlib.redirect_stdout(sys.stderr):  # whatever a client library prints
         new, old = resolve(args.new), resolve(args.not_weaker_than)

@@ -162,15 +162,17 @@ def _read_config(path: Path, overrides: list[str]) -> Config:
     """The config in a file: one to compose with ours (a defaults list, a `@package` line), or one that is whole."""
     from omegaconf import DictConfig, OmegaConf
 
-    from dual_policy_plugin.composition import compose_config, search_path
+    from dual_policy_plugin.composition import compose_config
     from dual_policy_plugin.config_loading import load_config
     from dual_policy_plugin.interpolation import keep_requested
+    from dual_policy_plugin.overrides import search_path
 
     try:
         text = path.read_text("utf-8")
         cfg = OmegaConf.create(text)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or type(error).__name__}") from error
+        why = error.strerror or type(error).__name__
+        raise ConfigError(f"{path} cannot be read: {why}; name a config file, or words such as +user=mine") from error
     except Exception as error:
         if not type(error).__module__.startswith(("yaml.", "omegaconf.")) and not isinstance(error, ValueError):
             raise

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dual_policy_plugin.commands.console import show_page
 from dual_policy_plugin.commands.words import check_read, make_parser, parse_words, seed_word
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.report.tables import printable
@@ -43,7 +44,8 @@ def run(words: list[str]) -> int:
     from dual_policy_plugin.devices import choose_device, set_threads
     from dual_policy_plugin.files import check_writable, publish
     from dual_policy_plugin.npc.resolver import resolve
-    from dual_policy_plugin.replay.from_run import run_of, run_words, with_split
+    from dual_policy_plugin.overrides import with_seats
+    from dual_policy_plugin.replay.from_run import run_of, run_words
     from dual_policy_plugin.replay.page import write_page
     from dual_policy_plugin.replay.record import check_recordable, record
 
@@ -54,7 +56,7 @@ def run(words: list[str]) -> int:
     for path in filter(None, (out, args.gif)):
         check_writable(path)
     taken = run_words(run_path, args.overrides) if run_path else []
-    config, _ = compose_config(with_split([*taken, *args.overrides]))
+    config, _ = compose_config(with_seats([*taken, *args.overrides]))
     if taken:
         _say(f"from {run_path}/config.yaml: {' '.join(taken)}")
     check_recordable(config, args.episodes)
@@ -79,9 +81,7 @@ def run(words: list[str]) -> int:
     for path in written:
         print(f"{path} ({path.stat().st_size / 1000:.0f} kB)")
     if args.open:
-        import webbrowser
-
-        webbrowser.open(out.resolve().as_uri())
+        show_page(out)
     return 0
 
 

@@ -12,6 +12,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from dual_policy_plugin.commands.console import show_page
 from dual_policy_plugin.commands.words import make_parser, parse_words
 from dual_policy_plugin.errors import RunError
 
@@ -54,12 +55,12 @@ def run(words: list[str]) -> int:
     try:
         publish(out, report.html)
     except RunError as error:
-        raise RunError(f"{out} cannot be written ({error.__cause__}); name another file with --out") from error
+        raise RunError(f"{error}; or name another file with --out") from error
     print(f"{out} ({len(report.html) / 1e6:.1f} MB)")
     if args.png is not None:
         print(f"{args.png} ({write_figures(args.png, report.plots)} figures)")
     if args.open:
-        _show(out)
+        show_page(out)
     return 0
 
 
@@ -76,11 +77,3 @@ def _check_out(folders: list[Path], out: Path | None) -> Path:
     if not out.parent.is_dir():
         raise RunError(f"--out={out} cannot be written, there is no folder {out.parent}; make it, or choose another")
     return out
-
-
-def _show(path: Path) -> None:
-    """Opens the page in the user's browser."""
-    import webbrowser
-
-    if not webbrowser.open(path.absolute().as_uri()):
-        print(f"note: no browser was found; open {path} in one", file=sys.stderr)

@@ -40,7 +40,8 @@ def run(words: list[str]) -> int:
     import hydra
     from hydra._internal.utils import get_args_parser
 
-    from dual_policy_plugin.composition import CONFIG_DIR, PRIMARY_CONFIG, count_jobs, mend
+    from dual_policy_plugin.composition_mends import mend
+    from dual_policy_plugin.overrides import CONFIG_DIR, PRIMARY_CONFIG, count_jobs
     from dual_policy_plugin.slurm.errors import explain
 
     if "--info" not in words:  # Hydra prints it through a logger of its own
@@ -151,7 +152,7 @@ def _split_flags(words: list[str], parser: argparse.ArgumentParser) -> tuple[lis
     flags = list(words)
     for override in args.overrides:
         flags.remove(override)
-    from dual_policy_plugin.composition import keep_run_names
+    from dual_policy_plugin.overrides import keep_run_names
 
     return flags, keep_run_names(args.overrides)
 

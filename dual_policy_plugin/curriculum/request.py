@@ -12,7 +12,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dual_policy_plugin.composition import text_override
 from dual_policy_plugin.config import Config
 from dual_policy_plugin.config_diff import diff_configs, show_diff
 from dual_policy_plugin.config_loading import load_config
@@ -24,6 +23,7 @@ from dual_policy_plugin.curriculum.state import STATE_NAME, Rung, SweepState
 from dual_policy_plugin.errors import ConfigError, RunError
 from dual_policy_plugin.files import encode_json
 from dual_policy_plugin.interpolation import config_values
+from dual_policy_plugin.overrides import text_override
 from dual_policy_plugin.policies.npcs import LOCK_NAME
 
 NPC_KEY = "trainer.dual_policy.checkpoint_npc"

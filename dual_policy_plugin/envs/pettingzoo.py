@@ -69,6 +69,8 @@ def make(index: int, *, id: str, kwargs: dict[str, Any] | None = None, max_episo
 
 def check_args(id: str | None = None, max_episode_steps: int = 1, kwargs: Any = None) -> None:
     """Raises a ConfigError unless `id` is one that may be named and the rest is possible."""
+    if id is None:
+        raise ConfigError(f"env.id is not set; use one of {', '.join(PETTINGZOO_IDS)}")
     if id not in PETTINGZOO_IDS:
         raise ConfigError(f"env.id={id} is no known PettingZoo env; {nearest(str(id), list(PETTINGZOO_IDS))}")
     is_count = type(max_episode_steps) is int and max_episode_steps > 0

@@ -73,37 +73,49 @@ def as_table(
     return tensor != 0 if dtype == torch.bool else tensor.to(dtype)
 
 
-def fill_table(actions: Array, seats: list[int], others: Tensor, other_seats: list[int]) -> Array:
-    """A table of all seats' actions.
+def as_actions(actions: Array, shape: tuple[int, int]) -> Array:
+    """The learner seats' actions as a table.
 
     Args:
-        actions: (num_envs, len(seats)) whole numbers, or all of them as one row.
-        seats: whose.
-        others: (num_envs, len(other_seats)) int64.
-        other_seats: the seats that are not in `seats`.
-
-    Returns:
-        (num_envs, num_agents), of the kind, dtype and device of `actions`.
+        actions: whole numbers of that shape, or all of them as one row.
+        shape: (num_envs, num_seats).
 
     Raises:
         EnvError: another shape, or no whole numbers.
     """
-    num_envs, num_agents = len(others), len(seats) + len(other_seats)
-    shapes = ((num_envs, len(seats)), (num_envs * len(seats),))
+    shapes = (shape, (shape[0] * shape[1],))
     if not isinstance(actions, np.ndarray | Tensor) or tuple(actions.shape) not in shapes:
         found = f"shape {tuple(actions.shape)}" if hasattr(actions, "shape") else f"a {type(actions).__name__}"
         raise EnvError(f"actions has {found}, expected the learner seats' actions, {shapes[0]} or {shapes[1]}")
     if isinstance(actions, Tensor):
         if actions.is_floating_point() or actions.dtype == torch.bool:
             raise EnvError(f"actions has dtype {actions.dtype}; use whole numbers, for example torch.int64")
-        table = actions.new_empty(num_envs, num_agents)
-        table[:, seats] = actions.detach().view(shapes[0])
-        table[:, other_seats] = others.to(table.device, table.dtype)
-        return table
+        return actions.detach().view(shape)
     if actions.dtype.kind not in "iu":
         raise EnvError(f"actions has dtype {actions.dtype}; use whole numbers, for example int64")
-    array = np.empty((num_envs, num_agents), actions.dtype)
-    array[:, seats] = actions.reshape(shapes[0])
+    return actions.reshape(shape)
+
+
+def fill_table(actions: Array, seats: list[int], others: Tensor, other_seats: list[int]) -> Array:
+    """A table of all seats' actions.
+
+    Args:
+        actions: (num_envs, len(seats)), from `as_actions`.
+        seats: whose.
+        others: (num_envs, len(other_seats)) int64.
+        other_seats: the seats that are not in `seats`.
+
+    Returns:
+        (num_envs, num_agents), of the kind, dtype and device of `actions`.
+    """
+    shape = (len(others), len(seats) + len(other_seats))
+    if isinstance(actions, Tensor):
+        table = actions.new_empty(shape)
+        table[:, seats] = actions
+        table[:, other_seats] = others.to(table.device, table.dtype)
+        return table
+    array = np.empty(shape, actions.dtype)
+    array[:, seats] = actions
     array[:, other_seats] = others.cpu().numpy()
     return array
 

@@ -11,7 +11,7 @@ import torch
 
 from dual_policy_plugin.config import DualPolicyConfig, PolicySource
 from dual_policy_plugin.config_dual_policy import load_dual_policy
-from dual_policy_plugin.errors import ConfigError, DigestError
+from dual_policy_plugin.errors import ConfigError, DigestError, RunError
 from dual_policy_plugin.npc.lock import LockEntry, parse_lock, read_lock, write_lock
 from dual_policy_plugin.players import Players
 from dual_policy_plugin.policies.pool import Npc, NpcPool
@@ -49,7 +49,10 @@ def hold_to_lock(dual: DualPolicyConfig, path: Path | None) -> DualPolicyConfig:
 def keep_lock(path: Path, entries: tuple[LockEntry, ...]) -> None:
     """Writes the lock of a run that begins; now that its NPCs were found good."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"run_dir={path.parent} cannot be made: {error.strerror}; use another folder") from error
         write_lock(path, entries)
 
 

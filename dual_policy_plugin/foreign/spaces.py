@@ -48,19 +48,25 @@ def save_policy(
         The path.
 
     Raises:
-        CheckpointError: another suffix, values that are not plain, weights that are not finite.
+        CheckpointError: another suffix, a wrapped net, values that are not plain, weights that are not finite.
+        ConfigError: no name, or a space that no policy is bound by.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise CheckpointError(
             f"{path}: a policy file is named .safetensors; write to {path.with_suffix('.safetensors')}"
         )
+    check(isinstance(agent, str) and agent != "", "agent", agent, "use the name of the net's architecture")
+    if hasattr(module, "_orig_mod") or isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise CheckpointError(
+            f"{path}: {type(module).__name__} wraps a net and gives its weights other names; pass the net itself"
+        )
     space, _ = as_space(observation_space)
     file = PolicyFile(
         architecture=agent,
         args=args or {},
         observation_space=space,
-        actions=as_actions(actions),
+        actions=action_names_of(actions),
         tensors=module.state_dict(),
         metadata={"step": 0, "epoch": 0} | (metadata or {}),
     )
@@ -80,13 +86,17 @@ def as_space(space: Any) -> tuple[ObservationSpace, tuple[int, ...]]:
     return vector_space(torch.Size(shape).numel(), None, "observation_space"), shape
 
 
-def as_actions(actions: Any) -> tuple[str, ...]:
+def action_names_of(actions: Any) -> tuple[str, ...]:
     """The names of the actions."""
     if isinstance(actions, int | np.integer):
         check(int(actions) > 0, "actions", actions, "use the number of actions, a Discrete, or names")
         return tuple(f"action_{number}" for number in range(actions))
     if isinstance(actions, Sequence) and not isinstance(actions, str):
-        return tuple(str(name) for name in actions)
+        is_named = all(isinstance(name, str) and name for name in actions)
+        is_right = is_named and len(set(actions)) == len(actions) > 0
+        check(is_right, "actions", actions, "give each a name of its own, or pass the number of actions")
+        return tuple(actions)
+    names = action_names(actions, None, "your env")
     start = int(getattr(actions, "start", 0))
     check(start == 0, "actions", actions, "NPCs number actions from 0; pass the number of actions, and add the start")
-    return action_names(actions, None, "your env")
+    return names

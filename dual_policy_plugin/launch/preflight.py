@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from dual_policy_plugin.composition import compose_config, keep_run_names
+from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.config import Config, PolicySource
 from dual_policy_plugin.errors import ConfigError, LaunchError
 from dual_policy_plugin.files import publish
@@ -36,9 +36,11 @@ from dual_policy_plugin.npc.lock import (
 )
 from dual_policy_plugin.npc.resolver import request_text, resolve_all, unique_names
 from dual_policy_plugin.npc.uri import parse_uri
+from dual_policy_plugin.overrides import keep_run_names
 from dual_policy_plugin.report.tables import format_table
 from dual_policy_plugin.run_directory import LOCK_KEY as LOCK_KEY
 from dual_policy_plugin.run_mirror import read_mirrored
+from dual_policy_plugin.wandb_runs import quieter_mode
 
 LOCK_NAME = "npc.lock.json"
 NODE_FOLDER = "~/.dual-policy-launch"
@@ -68,7 +70,8 @@ def check_launch(words: Sequence[str], *, is_shared: bool = False) -> Preflight:
 
     Args:
         words: overrides, also +user=...
-        is_shared: the run directory here is the node's too; where the run has begun, its own lock pins.
+        is_shared: the run directory and the variables here are the node's too; where the run has begun, its own lock
+            pins, and WANDB_MODE may spare it a login.
 
     Raises:
         DualPolicyError: the config is not possible, a policy cannot be had, or a login that the run will need is
@@ -81,9 +84,11 @@ def check_launch(words: Sequence[str], *, is_shared: bool = False) -> Preflight:
     if has_begun and config.trainer.dual_policy.lock is None:
         dual_policy = replace(config.trainer.dual_policy, lock=begun)
         config = replace(config, trainer=replace(config.trainer, dual_policy=dual_policy))
-    check_logins(config, ())
+    mode = quieter_mode(config.wandb.mode, os.environ.get("WANDB_MODE", "")) if is_shared else config.wandb.mode
+    there = replace(config, wandb=replace(config.wandb, mode=mode))
+    check_logins(there, ())
     entries = pin_config(config, begun=read_begun(config))
-    check_logins(config, entries)
+    check_logins(there, entries)
     return Preflight(config=config, words=tuple(words), entries=entries)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from dual_policy_plugin.composition import CONFIG_DIR, refuse_masked_choices, text_override
+from dual_policy_plugin.composition import refuse_masked_choices
 from dual_policy_plugin.config_loading import load_config
 from dual_policy_plugin.errors import ConfigError, DualPolicyError, LaunchError, RunError
 from dual_policy_plugin.interpolation import hide_variables, keep_requested
@@ -37,6 +37,7 @@ from dual_policy_plugin.launch.sky_launch import (
 from dual_policy_plugin.launch.sky_settings import KEY, SkyLauncherConfig
 from dual_policy_plugin.launch.sky_task import TaskOptions, build_task, read_template
 from dual_policy_plugin.mirror.transfer import RESULT_NAME as RESULT_NAME
+from dual_policy_plugin.overrides import CONFIG_DIR, text_override
 from dual_policy_plugin.run_mirror import read_mirrored
 
 MOUNT = "/dual-policy-runs"

@@ -24,6 +24,12 @@ SCHEMES = ("file", "builtin", "wandb", "s3")
 LATER_SCHEMES = ("gs", "http", "https")
 """Schemes that users may expect and this version does not read."""
 MAX_LENGTH = 4096
+_EXAMPLES = {
+    "file": "file:///absolute/path or file://relative/path",
+    "builtin": "builtin://arena/medium",
+    "wandb": "wandb://entity/project/artifact_type/name:version",
+    "s3": "s3://bucket/key",
+}
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)")
 _ONE_SLASH = re.compile(rf"({'|'.join(SCHEMES + LATER_SCHEMES)}):(?!//)", re.IGNORECASE)
@@ -121,7 +127,7 @@ def parse_uri(text: str) -> NpcUri:
         mend = f"did you mean {near[0]}://" if near else "use a path, file://, builtin://, wandb:// or s3://"
         raise NpcError(f"{shown}: unknown scheme {scheme}://; {mend}")
     if not path.strip("/"):
-        raise NpcError(f"{shown}: nothing follows {scheme}://")
+        raise NpcError(f"{shown}: nothing follows {scheme}://; write {_EXAMPLES[scheme]}")
     if scheme == "builtin" and _BUILTIN.fullmatch(path) is None:
         raise NpcError(f"{shown}: a builtin is named builtin://<env>/<name>, for example builtin://arena/medium")
     uri = NpcUri(text=text, scheme=scheme, path=path)

@@ -48,11 +48,16 @@ def given_architectures(architectures: Mapping[str, Callable[..., nn.Module]]) -
         _GIVEN.reset(token)
 
 
+def is_ours(name: str) -> bool:
+    """Whether an architecture comes with this package."""
+    return name in _TABLE
+
+
 def architecture(name: str) -> Callable[..., nn.Module]:
     """The constructor of an architecture.
 
     Raises:
-        ConfigError: no such name; names the nearest one.
+        ConfigError: no such name; names the nearest one. Or what is installed under it cannot be imported.
     """
     if name in _TABLE:
         return _TABLE[name]
@@ -61,7 +66,17 @@ def architecture(name: str) -> Callable[..., nn.Module]:
         return given[name]
     installed = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
     if name in installed:
-        constructor: Callable[..., nn.Module] = installed[name].load()
+        try:
+            constructor: Callable[..., nn.Module] = installed[name].load()
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"agent={name} stands for {installed[name].value}, which cannot be loaded: {error}; "
+                "mend the package that names it, or install what it needs"
+            ) from error
+        if not callable(constructor):
+            raise ConfigError(
+                f"agent={name} stands for {installed[name].value}, which is no callable; name a class there"
+            )
         return constructor
     known = sorted({*_TABLE, *given, *installed})
     near = difflib.get_close_matches(name, known, n=1)

@@ -14,12 +14,12 @@ from torch import nn
 from dual_policy_plugin.checkpoint import PolicyFile, encode_policy
 from dual_policy_plugin.config import AgentConfig
 from dual_policy_plugin.distributed import Ranks, sum_over_ranks
-from dual_policy_plugin.errors import ConfigError
+from dual_policy_plugin.errors import CheckpointError, ConfigError
 from dual_policy_plugin.experience import Experience
 from dual_policy_plugin.npc.resolver import PinnedPolicy
 from dual_policy_plugin.policies.binding import BoundPolicy
-from dual_policy_plugin.policies.build import build_policy
-from dual_policy_plugin.policies.loading import load_policy, read_description
+from dual_policy_plugin.policies.build import build_policy, is_ours
+from dual_policy_plugin.policies.loading import check_answer, load_policy, read_description
 from dual_policy_plugin.policies.scripted import SCRIPTED
 from dual_policy_plugin.types import EnvSpec, ObservationSpace
 
@@ -102,7 +102,7 @@ def build_learner(
         device: where it trains.
 
     Raises:
-        ConfigError: unknown architecture or arguments.
+        ConfigError: unknown architecture or arguments, or an architecture that cannot learn.
         CheckpointError: the checkpoint cannot be read or does not fit.
     """
     if agent.name in SCRIPTED:
@@ -115,6 +115,7 @@ def build_learner(
     space, actions = spec.observation_space, spec.actions
     if initial is None:
         policy = inner = build_policy(agent.name, agent.args, space, actions)
+        _check_can_learn(inner, agent.name)
     else:
         policy = load_policy(
             initial,
@@ -129,10 +130,33 @@ def build_learner(
         if file is not None:
             space, actions = file.observation_space, file.actions
         fresh = build_policy(agent.name, agent.args, space, actions)
+        _check_can_learn(fresh, agent.name)
         _check_same_net(inner, fresh, agent, file, initial.requested)
     inner.compute_dtype = dtype  # type: ignore[assignment]
-    policy.to(device).train().requires_grad_()
+    policy.to(device)
+    if not is_ours(agent.name):
+        _check_acts(policy.eval(), spec, agent.name, device)
+    policy.train().requires_grad_()
     return Learner(policy=policy, inner=inner, agent=agent, observation_space=space, actions=actions)
+
+
+def _check_can_learn(net: nn.Module, name: str) -> None:
+    """Raises a ConfigError for a net that lacks a part of the Policy protocol, of which an NPC needs less."""
+    missing = [part for part in ("state_size", "pack", "forward_step", "forward_segment") if not hasattr(net, part)]
+    if missing:
+        raise ConfigError(
+            f"agent.name={name} cannot learn: its net has no {', '.join(missing)}; "
+            "give it what docs/own_architecture.md lists, or let it play as an NPC"
+        )
+
+
+def _check_acts(policy: nn.Module, spec: EnvSpec, name: str, device: torch.device) -> None:
+    """Raises a ConfigError for a net that answers otherwise than the Policy protocol says; it might train even so."""
+    policy.pack()  # type: ignore[operator]
+    try:
+        check_answer(policy, spec.observation_space, spec.actions, device, f"agent.name={name}")
+    except CheckpointError as error:
+        raise ConfigError(f"{error}; docs/own_architecture.md says what is expected") from error
 
 
 def _check_same_net(

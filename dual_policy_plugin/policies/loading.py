@@ -298,11 +298,11 @@ def _freeze(
         net.compute_dtype = compute_dtype  # type: ignore[assignment]
     if hasattr(policy, "pack"):
         policy.pack()  # type: ignore[operator]
-    _check_answer(policy, space, actions, device, where)
+    check_answer(policy, space, actions, device, where)
     return policy
 
 
-def _check_answer(
+def check_answer(
     policy: nn.Module, space: ObservationSpace, actions: tuple[str, ...], device: torch.device, where: str
 ) -> None:
     """Raises a CheckpointError unless one step on empty observations gives finite answers of the right shapes."""

@@ -11,10 +11,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dual_policy_plugin.composition import text_override
 from dual_policy_plugin.errors import ConfigError, RunError
 from dual_policy_plugin.npc.lock import pin_locked, read_lock
 from dual_policy_plugin.npc.resolver import PinnedPolicy
+from dual_policy_plugin.overrides import text_override
 from dual_policy_plugin.policies.npcs import LOCK_NAME
 from dual_policy_plugin.replay.record import MAKE_FRAMES
 
@@ -61,14 +61,6 @@ def run_words(run: Path, overrides: Sequence[str]) -> list[str]:
     ]
 
 
-def with_split(words: list[str]) -> list[str]:
-    """The words with the config's own NPC switched off where one splits the seats: who plays is not said there."""
-    keys = {word.partition("=")[0].lstrip("+") for word in words}
-    is_split = any(key.startswith("trainer.dual_policy.") for key in keys)
-    is_said = "dual_policy" in keys or "trainer.dual_policy.enabled" in keys
-    return [*words, "trainer.dual_policy.enabled=false"] if is_split and not is_said else words
-
-
 def first_npc(run: Path) -> tuple[PinnedPolicy, int]:
     """The first NPC of a run, as its lock pins it, and how many there are.
 
@@ -81,7 +73,7 @@ def first_npc(run: Path) -> tuple[PinnedPolicy, int]:
     npcs = [entry for entry in lock if entry.role == "npc"]
     if not npcs:
         raise ConfigError(
-            f"{run} has locked no NPC; name whom to play against, for example --npc builtin://arena/medium"
+            f"{run} has locked no NPC; name whom to play against with --npc, for example the policy itself, --npc {run}"
         )
     return pin_locked(lock, npcs[0].requested)[0], len(npcs)
 

@@ -130,10 +130,12 @@ def _draw_bar(draw: ImageDraw, recording: Recording, number: int, episode: Episo
     font, small = _font(13), _font(11)
     room = (width - draw.textlength(middle, small)) / 2 - 58
 
-    def fit(name: str) -> str:
-        while name and draw.textlength(name, small) > room:
-            name = name[:-2] + "…" if len(name) > 2 else ""
-        return name
+    def fit(name: str) -> str:  # two checkpoints of a run differ in their last letters
+        shown, kept = name, len(name)
+        while shown and draw.textlength(shown, small) > room:
+            kept -= 1
+            shown = f"{name[: kept // 2]}…{name[kept // 2 - kept :]}" if kept > 1 else ""
+        return shown
 
     draw.ellipse((5, 9, 17, 21), fill=LEARNER)
     draw.text((22, 15), f"{first:.2f}", LEARNER, font, anchor="lm")

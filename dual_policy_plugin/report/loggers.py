@@ -20,7 +20,7 @@ from dual_policy_plugin.config import WandbConfig
 from dual_policy_plugin.errors import ConfigError, RunError
 from dual_policy_plugin.publishing import Checkpoint, Destination, checkpoint_facts, plain_name
 from dual_policy_plugin.run_directory import RunDirectory
-from dual_policy_plugin.wandb_runs import DEFAULT_PROJECT, clean, wandb_defaults
+from dual_policy_plugin.wandb_runs import DEFAULT_PROJECT, clean, quieter_mode, wandb_defaults
 
 if TYPE_CHECKING:
     import wandb
@@ -29,10 +29,6 @@ POLICY_NAME = "model.safetensors"
 """The one file of an artifact."""
 UPLOAD_TIMEOUT_S = 300
 _STATE_NAME = "wandb.json"
-_WANDB_MODES = {
-    "online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "off", "off": "off",
-}  # fmt: skip
-"""The values of WANDB_MODE that the client knows, and our own word."""
 _logger = logging.getLogger(__name__)
 
 
@@ -152,28 +148,6 @@ class WandbLogger:
             self._run.summary.update(dict(result))
         self._run.finish(exit_code=exit_code)
         self._run = None
-
-
-def quieter_mode(mode: str, variable: str) -> str:
-    """What becomes of wandb.mode where WANDB_MODE is set: the quieter of the two, which is said where they differ.
-
-    Args:
-        mode: off, offline or online.
-        variable: the value of WANDB_MODE; empty: not set.
-
-    Raises:
-        ConfigError: W&B has no such mode, and wandb.mode is not off.
-    """
-    if not variable:
-        return mode
-    asked = _WANDB_MODES.get(variable.lower())
-    if asked is None and mode != "off":
-        raise ConfigError(f"WANDB_MODE={variable} is not possible; use online, offline or disabled, or unset it")
-    quieter = min(mode, asked or mode, key=("off", "offline", "online").index)
-    if asked not in (None, mode):
-        why = "nothing is sent" if quieter == "off" else "`wandb sync` sends the run later"
-        _logger.info("WANDB_MODE=%s and wandb.mode=%s: %s wins, %s", variable, mode, quieter, why)
-    return quieter
 
 
 def _run_id(run_directory: RunDirectory) -> str:

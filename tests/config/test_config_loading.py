@@ -11,13 +11,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from dual_policy_plugin import config_dual_policy
-from dual_policy_plugin.composition import CONFIG_DIR
 from dual_policy_plugin.config import Config, EvalsConfig, PolicySource, TrainerConfig, WandbConfig
 from dual_policy_plugin.config_dual_policy import load_dual_policy
 from dual_policy_plugin.config_loading import known_keys, load_config, read_hourly_cost
 from dual_policy_plugin.config_nodes import nearest_key
 from dual_policy_plugin.errors import ConfigError, NpcError
 from dual_policy_plugin.interpolation import register_resolver
+from dual_policy_plugin.overrides import CONFIG_DIR
 
 register_resolver()  # as Hydra does when it finds the plugin, which no test here makes it do
 
@@ -272,5 +272,7 @@ def test_the_node_alone_loads_for_a_foreign_app() -> None:
 def test_nearest_key_prefers_siblings_then_the_same_name_elsewhere() -> None:
     keys = known_keys()
     assert nearest_key("trainer.learning_rat", keys) == "trainer.learning_rate"
-    assert nearest_key("trainer.uri", keys) == "trainer.initial_policy.uri"
+    assert nearest_key("trainer.uri", keys) == "trainer.dual_policy.checkpoint_npc.uri"
+    assert nearest_key("checkpoint_npc.type", keys) == "trainer.dual_policy.checkpoint_npc.type"
+    assert nearest_key("initial_policy.uri", keys) == "trainer.initial_policy.uri"
     assert nearest_key("qqqqqqqq", keys) is None

@@ -10,11 +10,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import dual_policy_plugin
-from dual_policy_plugin.composition import CONFIG_DIR, compose_config
+from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.config import DualPolicyConfig, PolicySource
 from dual_policy_plugin.config_dual_policy import load_dual_policy
 from dual_policy_plugin.config_loading import load_config
 from dual_policy_plugin.errors import ConfigError, DualPolicyError
+from dual_policy_plugin.overrides import CONFIG_DIR
 from dual_policy_plugin.pool_config import (
     MATCHMAKING,
     MATCHMAKING_READERS,
@@ -174,8 +175,8 @@ def test_every_setting_names_the_types_that_read_it() -> None:
     ("words", "line"),
     [
         # the pool
-        ([f"{DP}.pool=x"], f"{DP}.pool='x' is not possible; use a list of nodes, each like checkpoint_npc"),
-        ([f"{DP}.pool=[1]"], f"{DP}.pool=[1] is not possible; use a list of nodes, each like checkpoint_npc"),
+        ([f"{DP}.pool=x"], f"{DP}.pool='x' is not possible; use a list of URIs, or of nodes like checkpoint_npc"),
+        ([f"{DP}.pool=[1]"], f"{DP}.pool=[1] is not possible; use a list of URIs, or of nodes like checkpoint_npc"),
         ([f"{DP}.pool=[{{}}]"], f"{DP}.pool[0].uri is not set; name a policy, for example builtin://arena/medium"),
         ([f"{DP}.pool=[{WEAK},{{name: a}}]"],
          f"{DP}.pool[1].name='a' is set without a policy; set {DP}.pool[1].uri too"),

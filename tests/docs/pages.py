@@ -11,19 +11,6 @@ import dual_policy_plugin
 
 ROOT = Path(dual_policy_plugin.__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
-SHELL = (
-    "dual-policy",
-    "make",
-    "pip",
-    "sky",
-    "torchrun",
-    "srun",
-    "python",
-    "recipes/",
-    "source",
-    "tensorboard",
-    "wandb",
-)
 _FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.M | re.S)
 _INDENTED = re.compile(r"(?:(?<=\n\n)|\A)((?: {4}[^\n]*\n+)+)")
 
@@ -34,7 +21,7 @@ class Block:
 
     page: Path
     language: str
-    """Of its fence; `indented` where it has none."""
+    """Of its fence; where it has none, `session` if it shows a prompt and what came back, else `indented`: commands."""
     text: str
 
     @property
@@ -46,9 +33,9 @@ def blocks(page: Path) -> list[Block]:
     """All blocks of a page: those in fences, then those that are indented."""
     text = page.read_text("utf-8")
     fenced = [Block(page, language, body) for language, body in _FENCE.findall(text)]
-    rest = prose(page)
-    indented = (re.sub(r"^ {4}", "", body, flags=re.M).strip() + "\n" for body in _INDENTED.findall(rest))
-    return fenced + [Block(page, "indented", body) for body in indented if body.split(" ")[0].startswith(SHELL)]
+    assert text.count("```") == 2 * len(fenced), f"{page.name}: a fence that does not begin its line, or has no end"
+    indented = (re.sub(r"^ {4}", "", body, flags=re.M).strip() + "\n" for body in _INDENTED.findall(prose(page)))
+    return fenced + [Block(page, "session" if body.startswith("$ ") else "indented", body) for body in indented]
 
 
 def prose(page: Path) -> str:
@@ -64,6 +51,11 @@ def commands(page: Path) -> list[str]:
             lines = re.sub(r"\\\n\s*", "", block.text).splitlines()
             found += [without_comment(line) for line in lines if without_comment(line)]
     return found
+
+
+def mentions(page: Path) -> list[str]:
+    """The commands of ours in a page's sentences and tables."""
+    return re.findall(r"`((?:make|dual-policy) [^`]+)`", " ".join(prose(page).split()))
 
 
 def without_comment(line: str) -> str:

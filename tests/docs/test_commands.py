@@ -1,7 +1,8 @@
-"""Every command line of README.md and docs/*.md: run word for word where it needs no cloud, account, GPU or cluster.
+"""Every command line of every page: run word for word where it needs no cloud, account, GPU or cluster.
 
-A page's commands run one after the other in a folder of the page's own. What makes them small stands behind the words
-of the page and changes none of them. RULES says for each command what is done with it; one without a line there fails.
+The pages are README.md, docs/*.md and the examples' READMEs. A page's commands run one after the other in a
+folder of the page's own. What makes them small stands behind the words of the page and changes none of them. RULES says
+for each command what is done with it; one without a line there fails.
 `DUAL_POLICY_FULL_COMMANDS=1` leaves the sizes as they are on the page (`make docs-commands`).
 """
 
@@ -29,14 +30,9 @@ import yaml
 from dual_policy_plugin.cli import main
 from dual_policy_plugin.composition import compose_config, compose_hydra_node
 from dual_policy_plugin.policies.loading import load_policy_from_checkpoint
-from tests.docs.pages import PAGES, ROOT, commands
+from tests.docs.pages import PAGES, ROOT, blocks, commands
 
-MINE = """# @package _global_
-defaults:
-  - /dual_policy: checkpoint
-  - _self_
-trainer: {dual_policy: {checkpoint_npc: {uri: builtin://arena/weak}}}
-"""
+(MINE,) = (block.text for block in blocks(ROOT / "docs" / "quick_start.md") if block.language == "yaml")
 IS_FULL = bool(os.environ.get("DUAL_POLICY_FULL_COMMANDS"))
 SMALL = () if IS_FULL else (
     "trainer.total_timesteps=2048", "env.num_envs=8", "evals.episodes=8", "trainer.threads=1", "agent.hidden_size=16",
@@ -130,7 +126,8 @@ def options(depth: int) -> How:
         with contextlib.redirect_stdout(told):
             run("--help")(words[:depth])
         ours = words[: words.index("--")] if "--" in words else words
-        assert {word for word in ours if word.startswith("--")} <= set(re.findall(r"--[a-z-]+", told.getvalue()))
+        given = {word.partition("=")[0] for word in ours if word.startswith("--")}
+        assert given <= set(re.findall(r"--[a-z-]+", told.getvalue()))
 
     return check
 
@@ -151,8 +148,9 @@ def sky_task(words: list[str]) -> None:
 
 
 def launch(words: list[str]) -> None:
-    """A dry run of a launch: the config is checked, policies are pinned, nothing is sent."""
+    """What a launch checks first: its options and its config. Nothing is sent."""
     assert words[2:4] == ["sky", "train"] or words[2] == "slurm"
+    options(3)(words)
     composes(["dual-policy", "train", *words[3:]] if words[2] == "slurm" else ["dual-policy", "train", *words[4:]])
 
 
@@ -164,17 +162,18 @@ def installs(words: list[str]) -> None:
     """A package or an extra of ours, a folder of the repository, or the page's own."""
     known = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     target = words[-1]
-    if extra := re.fullmatch(r"dual-policy-plugin(?:\[(\w+)\])?", target):
+    if extra := re.fullmatch(r"(?:dual-policy-plugin|\.\./\.\.)(?:\[(\w+)\])?", target):
         assert extra[1] is None or extra[1] in known["optional-dependencies"]
     else:
         assert target == "." or (ROOT / target).exists()
 
 
 def module(words: list[str]) -> None:
-    """`python -m NAME --help` ends well."""
+    """`python -m NAME --help` ends well and knows every option of the line."""
     assert words[:2] == ["python", "-m"]
     help_of = [sys.executable, "-m", words[2], "--help"]
-    subprocess.run(help_of, cwd=ROOT, check=True, timeout=60, stdout=subprocess.DEVNULL)
+    told = subprocess.run(help_of, cwd=ROOT, check=True, timeout=60, stdout=subprocess.PIPE, text=True).stdout
+    assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--[a-z-]+", told))
 
 
 def script(words: list[str]) -> None:
@@ -194,7 +193,8 @@ def as_shown(words: list[str]) -> None:
 # The first line that a command matches says what is done with it.
 RULES: dict[str, How] = {
     r"make (demo|test|[a-z-]+)$": in_makefile,
-    r"source \.venv/bin/activate$|python \w+\.py": as_shown,
+    r"source \.venv/bin/activate$": as_shown,
+    r"(python|diff) \w+\.py": as_shown,  # tests/examples/ runs those of the examples
     r"LOG_LEVEL=DEBUG dual-policy train run=default$": lambda words: run(*SMALL)(words[1:]),
     r"pip install ": installs,
     r"sky (jobs )?launch ": sky_task,
@@ -220,7 +220,9 @@ RULES: dict[str, How] = {
     r"dual-policy curriculum status ": run(),
     r"dual-policy train .*env=mettagrid": run(*FOREIGN, "env.num_agents=4", "env.size=8", "env.steps=16"),
     r"dual-policy train .*env=pettingzoo": run(*FOREIGN, "env.max_episode_steps=8"),
+    r"dual-policy train --config-dir mine ": run(*SMALL),
     r"dual-policy (train|npc lock) .*\+user=mine": with_mine,
+    r"dual-policy npc lock ": run(),
     r"dual-policy train .*\+dual_policy=": run(*SMALL),
     r"dual-policy train ": run(*SMALL),
     r"dual-policy evaluate ": run(*(() if IS_FULL else ("episodes=4",))),
@@ -236,7 +238,7 @@ RULES: dict[str, How] = {
 }  # fmt: skip
 STAND_INS = {"FILE": "train_dir/old", "URI": "train_dir/old"}
 """What a page calls by a capital name."""
-WITH_COMMANDS = [page for page in PAGES if "examples" not in page.parts and commands(page)]
+WITH_COMMANDS = [page for page in PAGES if commands(page)]
 
 
 def rule_of(command: str) -> str:
@@ -283,7 +285,7 @@ def _as_a_reader(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_a_page_run_as_they_stand(
     page: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -12,11 +16,14 @@ import yaml
 from docs.error_page import mend_of
 from docs.generate import pages as generated
 from docs.messages import Message, collect
-from dual_policy_plugin.composition import known_keys
+from dual_policy_plugin import errors
+from dual_policy_plugin.cli import main
+from dual_policy_plugin.config_loading import known_keys
+from dual_policy_plugin.errors import DualPolicyError
 from dual_policy_plugin.evaluation.intervals import wilson_interval
-from tests.docs.pages import PAGES, ROOT, anchors, blocks, links
+from tests.docs.pages import PAGES, ROOT, anchors, blocks, links, mentions
 
-LANGUAGES = {"sh", "python", "yaml", "toml", "json", "text", "indented", "{toctree}"}
+LANGUAGES = {"sh", "python", "yaml", "toml", "json", "text", "indented", "session", "{toctree}"}
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 
 
@@ -37,13 +44,52 @@ def test_every_relative_link_and_anchor_leads_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_every_code_block_is_in_its_language(page: Path) -> None:
     for block in blocks(page):
-        assert block.language in LANGUAGES or "examples" in page.parts, block.where
+        assert block.language in LANGUAGES, block.where
         if block.language == "python":
             compile(block.text, block.where, "exec")
         elif block.language == "yaml":
             assert yaml.safe_load(block.text), block.where
         elif block.language == "toml":
             assert tomllib.loads(block.text), block.where
+        elif block.language in ("text", "json"):
+            assert not re.search(r"^(\$|dual-policy |make )", block.text, re.M), f"{block.where}: commands are `sh`"
+
+
+@functools.cache
+def _help_of(*command: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        assert main([*command, "--help"]) == 0, command
+    return told.getvalue()
+
+
+def test_commands_in_sentences_name_what_there_is() -> None:
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    found = sorted({command for page in PAGES for command in mentions(page)})
+    assert len(found) > 40
+    for command in found:
+        program, first, *rest = re.sub(r"[\[\]]", "", command).split()
+        if program == "make":
+            assert re.search(rf"^{first}:", makefile, re.M), command
+        elif first.isalpha():
+            has_second = first in ("npc", "curriculum", "launch")
+            told = _help_of(first, *(rest[:1] if has_second and rest else ()))
+            assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= {
+                "--help",
+                *re.findall(r"--[a-z-]+", told),
+            }, command
+
+
+def test_a_session_shows_what_the_program_says(capsys: pytest.CaptureFixture[str]) -> None:
+    sessions = [block for page in PAGES for block in blocks(page) if block.language == "session"]
+    assert sessions
+    for block in sessions:
+        command, _, answer = block.text.removeprefix("$ ").partition("\n")
+        assert main(shlex.split(command)[1:]) == 2, command
+        assert capsys.readouterr().err == answer
+
+
+def test_the_readme_is_under_200_lines() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) < 200
 
 
 @pytest.mark.parametrize("path", generated(), ids=lambda path: path.name)
@@ -125,6 +171,15 @@ def test_the_most_common_lines_of_the_troubleshooting_page_are_real_ones() -> No
     for line in lines:
         for part in re.split(r"\.\.\.|[,:?] ", line):
             assert part.strip(" .,:?=") in source, part
+
+
+def test_the_table_of_exit_codes_has_all_of_them() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    table = page.partition("## Exit codes")[2].partition("\n## ")[0]
+    said = {int(code) for cell in re.findall(r"^\| ([\d, ]+) \|", table, re.M) for code in cell.split(",")}
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, DualPolicyError)]
+    assert len(kinds) > 5
+    assert {kind.exit_code for kind in kinds} <= said
 
 
 def test_the_intervals_on_the_evaluation_page_are_wilsons() -> None:

@@ -165,7 +165,7 @@ def test_an_unknown_id_names_the_nearest():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({}, r"env.id=None is no known PettingZoo env; use one of simple_adversary_v3, "),
+        ({}, r"env.id is not set; use one of simple_adversary_v3, "),
         ({"id": "simple_spread_v3", "max_episode_steps": 0}, r"env.max_episode_steps=0 is not possible"),
         ({"id": "simple_spread_v3", "kwargs": 3}, r"env.kwargs=3 is not possible"),
         ({"id": "simple_spread_v3", "kwarg": {}}, r"env.kwarg is no setting .* did you mean kwargs"),

@@ -34,7 +34,7 @@ SMALL = {
 def run_readme(name: str, folder: Path) -> list[str]:
     """What each `python ...` of an example's README prints, run in a copy of the example."""
     copy = shutil.copytree(EXAMPLES / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (block,) = re.findall(r"```\n(.*?)```", (copy / "README.md").read_text(), re.DOTALL)
+    (block,) = re.findall(r"```sh\n(.*?)```", (copy / "README.md").read_text(), re.DOTALL)
     printed = []
     for line in block.splitlines():
         words = shlex.split(line)

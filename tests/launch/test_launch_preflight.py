@@ -208,6 +208,13 @@ def test_logins_that_the_node_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert refused("trainer.sync_uri=s3://bucket/x/").startswith("trainer.sync_uri needs an AWS login on the node, ")
     assert refused("trainer.publish_uri=s3://bucket/x/").startswith("trainer.publish_uri needs an AWS login")
     check_launch(["wandb=offline"])
+    with monkeypatch.context() as variables:
+        variables.setenv("WANDB_MODE", "disabled")
+        assert "W&B login" in refused("wandb=online")  # another machine does not see our variables
+        assert check_launch(["wandb=online"], is_shared=True).config.wandb.mode == "online"
+        variables.setenv("WANDB_MODE", "online")
+        with pytest.raises(LaunchError, match="W&B login"):
+            check_launch(["wandb=online"], is_shared=True)
     netrc = tmp_path / "home/.netrc"
     netrc.write_text("machine api.wandb.ai login user password 0123456789\n")
     netrc.chmod(0o600)

@@ -137,6 +137,17 @@ def test_what_is_not_there_is_named_with_what_is(run: Path, path: str, reason: s
     assert "\n" not in str(caught.value)
 
 
+def test_a_run_without_a_checkpoint_is_not_meant(run: Path) -> None:
+    for name in ("old_run", "old_rum"):
+        (run / name / "checkpoints").mkdir(parents=True)
+    write(run / "old_rum/checkpoints/model_0001.safetensors")
+    with pytest.raises(NpcNotFoundError, match=r"did you mean old_rum\?"):
+        resolve("old_rux", base=run)
+    (run / "old_rum/checkpoints/model_0001.safetensors").unlink()
+    with pytest.raises(NpcNotFoundError, match=r"^old_rux: no such file; .*my run holds "):
+        resolve("old_rux", base=run)
+
+
 def test_a_long_listing_is_cut_short(tmp_path: Path) -> None:
     for i in range(20):
         write(tmp_path / f"file{i:02d}")
@@ -145,7 +156,7 @@ def test_a_long_listing_is_cut_short(tmp_path: Path) -> None:
 
 
 def test_an_empty_directory_says_so(tmp_path: Path) -> None:
-    with pytest.raises(NpcNotFoundError, match=r"no checkpoint in .* is empty$"):
+    with pytest.raises(NpcNotFoundError, match=r"no checkpoint in .*; it is empty$"):
         resolve(str(tmp_path))
 
 
@@ -293,7 +304,7 @@ def test_of_a_directory_of_runs_the_newest_checkpoint_of_each_is_a_candidate(tmp
     assert epochs(uri=str(tmp_path / "runs"), type="top") == [900]
     assert sorted(epochs(uri=str(tmp_path / "runs"), type="all")) == [2, 900]
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(NpcNotFoundError, match=r"no checkpoint in .*; .* is empty"):
+    with pytest.raises(NpcNotFoundError, match=r"no checkpoint in .*; it is empty$"):
         resolve_all(PolicySource(uri=str(tmp_path / "nothing"), type="all"), seed=1)
 
 

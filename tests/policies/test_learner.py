@@ -12,8 +12,10 @@ from dual_policy_plugin.config import AgentConfig
 from dual_policy_plugin.distributed import Ranks
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.experience import Experience, allocate_experience
+from dual_policy_plugin.foreign.spaces import save_policy
 from dual_policy_plugin.npc.resolver import PinnedPolicy, resolve
 from dual_policy_plugin.policies.binding import BoundPolicy
+from dual_policy_plugin.policies.build import architecture, given_architectures
 from dual_policy_plugin.policies.learner import Learner, build_learner
 from dual_policy_plugin.types import EnvSpec, ObservationSpace
 from tests.harness import CPU
@@ -96,3 +98,64 @@ def test_a_checkpoint_of_another_size_is_told_with_both_sizes(
     path.write_bytes(made.encode({}))
     with pytest.raises(ConfigError, match=line):
         learner_of(("f0",), resolve(str(path)))
+
+
+class PlaysOnly(torch.nn.Linear):
+    """A net that may be an NPC, and can do no more."""
+
+    def __init__(self, observation_space: ObservationSpace, actions: tuple[str, ...]) -> None:
+        super().__init__(observation_space.shape[0], len(actions))
+        self.state_size = 0
+
+    def forward_step(self, obs: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self(obs), torch.zeros(len(obs)), state
+
+
+@pytest.mark.parametrize("has_initial", [False, True])
+def test_a_net_that_cannot_learn_is_one_line(tmp_path: Path, has_initial: bool) -> None:
+    space, saved = spec(("f0",)).observation_space, tmp_path / "a.safetensors"
+    save_policy(saved, PlaysOnly(space, ("a", "b")), agent="plays_only", observation_space=space, actions=("a", "b"))
+    with given_architectures({"plays_only": PlaysOnly}), pytest.raises(ConfigError) as caught:
+        build_learner(
+            AgentConfig(name="plays_only"), spec(("f0",)), seed=1, initial=resolve(str(saved)) if has_initial else None,
+            initial_agent=None, dtype=torch.float32, device=CPU,
+        )  # fmt: skip
+    assert str(caught.value).startswith("agent.name=plays_only cannot learn: its net has no pack, forward_segment; ")
+
+
+class TooFew(PlaysOnly):
+    """Has every part, and gives one logit for two actions: it would train, and never take the second one."""
+
+    def pack(self) -> None:
+        pass
+
+    def forward_step(self, obs: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, values, state = super().forward_step(obs, state)
+        return logits[:, :1], values, state
+
+    def forward_segment(self, obs: Tensor, state: Tensor, dones: Tensor) -> tuple[Tensor, Tensor]:
+        return self(obs)[..., :1], obs[..., 0]
+
+
+def test_a_net_that_answers_in_other_shapes_is_one_line() -> None:
+    with given_architectures({"too_few": TooFew}), pytest.raises(ConfigError) as caught:
+        build_learner(
+            AgentConfig(name="too_few"), spec(("f0",)), seed=1, initial=None, initial_agent=None,
+            dtype=torch.float32, device=CPU,
+        )  # fmt: skip
+    assert str(caught.value) == (
+        "agent.name=too_few: the policy answers 2 rows with shapes ((2, 1), (2,), (2, 0)), expected "
+        "((2, 2), (2,), (2, 0)); docs/own_architecture.md says what is expected"
+    )
+
+
+def test_an_installed_name_that_leads_nowhere_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "nets-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: nets\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[dual_policy.policies]\nlost = no_such_module:Net\nfive = math:pi\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"^agent=lost stands for no_such_module:Net, which cannot be loaded: No mod"):
+        architecture("lost")
+    with pytest.raises(ConfigError, match=r"^agent=five stands for math:pi, which is no callable; name a class there"):
+        architecture("five")

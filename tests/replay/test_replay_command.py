@@ -102,7 +102,8 @@ def test_a_run_is_replayed_as_its_own_evaluation_played_it(capsys: pytest.Captur
 
     (run / "npc.lock.json").unlink()
     assert main(["replay", "train_dir/tiny"]) == 2
-    assert "has locked no NPC; name whom to play against, for example --npc builtin" in capsys.readouterr().err
+    mend = "has locked no NPC; name whom to play against with --npc, for example the policy itself, --npc"
+    assert mend in capsys.readouterr().err
     (run / "config.yaml").write_text("env: [\n")
     assert main(["replay", "train_dir/tiny", "--npc", WEAK]) == 2
     assert re.fullmatch(r"error: \S+/config.yaml cannot be read \(\w+\); restore it\n", capsys.readouterr().err)

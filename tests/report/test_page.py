@@ -202,7 +202,7 @@ def test_runs_are_compared_by_what_differs(tmp_path: Path) -> None:
     second = make_run(tmp_path / "two", npcs=["weak", "medium"], config="run: two\nseed: 1\ntrainer:\n  horizon: 64\n")
     assert report(first, second, "--out", tmp_path / "page.html") == 0
     text = shown(tmp_path / "page.html")
-    assert "run state win rates return objective learner steps time cost horizon" in text
+    assert "run state win rates learner's return objective learner steps time cost horizon" in text
     assert re.search(rf"one finished weak 0\.75 \S+ \S+ \S+ 0\.750 {20 * STEPS:,} 0:00:10 \$0\.20 32", text)
     assert "two finished weak 0.75 [0.66, 0.82], medium 0.75" in text
     assert "Win rate of run against opponent" in text
@@ -296,6 +296,11 @@ def test_what_is_no_run_is_one_line_that_names_the_nearest(tmp_path: Path, capsy
         ("metrics.jsonl", '{"iteration": 1}\n???\n{"iteration": 2}\n', "metrics.jsonl line 2 is no JSON object"),
         ("timing.jsonl", "7\n{}\n", "timing.jsonl line 1 is no JSON object"),
         ("result.json", '{"evals": [{}]}', "result.json is not as a run writes it (KeyError: 'opponent')"),
+        (
+            "result.json",
+            '{"evals": [], "iterations": "ten"}',
+            "result.json is not as a run writes it (ValueError: 'ten'",
+        ),
         ("result.json", "{", "result.json holds no JSON"),
         ("config.yaml", "a: [1\n", "config.yaml is no config of a run"),
         ("npc.lock.json", "[]", "npc.lock.json"),
@@ -342,7 +347,9 @@ def test_a_run_that_was_asked_for_more_is_not_finished(tmp_path: Path) -> None:
     result = json.loads((folder / "result.json").read_text())
     (folder / "result.json").write_text(json.dumps(result | {"iterations": 10}))
     report(folder)
-    assert "state stopped" in shown(folder / "report.html")
+    text = shown(folder / "report.html")
+    assert "state stopped" in text
+    assert "the evaluation of result.json is of iteration 10; the run has gone on to 20 since" in text
 
 
 def test_a_run_without_metrics_has_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

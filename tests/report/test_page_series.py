@@ -11,7 +11,15 @@ import pytest
 
 from dual_policy_plugin.errors import RunError
 from dual_policy_plugin.evaluation.intervals import wilson_interval
-from dual_policy_plugin.report.page.curves import FEW_EPISODES, WIN_EPISODES, metric_line, win_line, win_windows
+from dual_policy_plugin.report.page.charts import Line, draw_lines
+from dual_policy_plugin.report.page.curves import (
+    FEW_EPISODES,
+    WIN_EPISODES,
+    metric_line,
+    one_run,
+    win_line,
+    win_windows,
+)
 from dual_policy_plugin.report.page.runs import read_run
 from dual_policy_plugin.report.page.series import MAX_POINTS, pool_windows, read_series
 from tests.report.made_runs import STEPS, make_run
@@ -119,3 +127,34 @@ def test_a_half_written_last_line_is_left_out_and_counted(tmp_path: Path) -> Non
     lines = read_series(path)
     assert (lines.num_lines, lines.torn_bytes) == (1, 11)
     assert read_series(tmp_path / "none.jsonl").num_lines == 0
+
+
+def test_what_is_of_episodes_is_pooled_as_a_win_rate_is(tmp_path: Path) -> None:
+    run = read_run("r", make_run(tmp_path / "r", 400))
+    returns, wins = metric_line(run, "dual_policy/policy_a_reward", "", 0), win_windows(run)
+    assert returns.steps.tolist() == wins.steps.tolist()
+    values = run.metrics.column("dual_policy/policy_a_reward")
+    assert returns.values[0] == pytest.approx(values[: WIN_EPISODES // 10].mean())
+    assert len(metric_line(run, "losses/entropy", "", 0).values) == 400
+
+
+def test_the_evaluation_at_an_end_stands_where_it_was_played(tmp_path: Path) -> None:
+    evals = {f"evals/weak/{key}": value for key, value in (("win_rate", 0.6), ("low", 0.5), ("high", 0.7))}
+    folder = make_run(tmp_path / "r", 10, more=evals)
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(result | {"agent_step": 4.5 * STEPS}))  # and 10 iterations now
+    (plot,) = (plot for plot in one_run(read_run("r", folder))[0].shown if plot.name == "evaluations")
+    steps, rates = plot.figure.axes[0].get_lines()[-1].get_data()
+    assert np.asarray(steps).tolist() == [STEPS * k for k in (1, 2, 3, 4, 4.5, 5, 6, 7, 8, 9, 10)]
+    assert np.asarray(rates).tolist() == [0.6] * 4 + [0.75] + [0.6] * 6
+
+
+@pytest.mark.parametrize("values", [[0.003, 0.002921], [0.5, 0.6], [-0.00012345, -0.00012346], [123.4561, 123.4562]])
+def test_long_numbers_stay_inside_their_figure(values: list[float]) -> None:
+    line = Line(label="", steps=np.array([1.0, 2.0]), values=np.array(values))
+    plot = draw_lines("x", "x", "", [line], is_small=True)
+    assert plot is not None
+    plot.figure.canvas.draw()
+    labels = [label.get_window_extent() for label in plot.figure.axes[0].get_yticklabels()]
+    assert len(labels) >= 2
+    assert min(label.x0 for label in labels) >= 0

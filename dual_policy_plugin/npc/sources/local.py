@@ -61,7 +61,7 @@ def collection(uri: NpcUri, base: Path | None) -> list[Candidate]:
         newest = [newest_checkpoint(run, uri.text) for run in runs if _policy_files(_names_in(run / "checkpoints"))]
         if newest:  # epochs of different runs say nothing about which is newer
             return [replace(describe(file.resolve()), version=None) for file in newest]
-        raise NpcNotFoundError(f"{uri.text}: no checkpoint in {folder}; {_holds(folder, _names_in(folder))}")
+        raise NpcNotFoundError(f"{uri.text}: no checkpoint in {folder}; {_holds('it', _names_in(folder))}")
     except OSError as error:
         raise NpcError(f"{uri.text}: {error.strerror or type(error).__name__}; check its path and access") from error
 
@@ -137,7 +137,7 @@ def newest_checkpoint(directory: Path, asked: str) -> Path:
         raise NpcNotFoundError(
             f"{asked}: no checkpoint of its own, it holds the runs {_listed(jobs)}; name one of them"
         )
-    raise NpcNotFoundError(f"{asked}: no checkpoint in {folder}; {_holds(folder, names)}")
+    raise NpcNotFoundError(f"{asked}: no checkpoint in {folder}; {_holds('it', names)}")
 
 
 def file_digest(path: Path) -> str:
@@ -202,12 +202,20 @@ def _what_is_there(path: Path) -> str:
     if missing == path and (twins := [name for name in names if Path(name).stem == path.stem]):
         return f"no such file; {twins[0]} stands beside it, name that one"
     what = "no such file" if missing == path else f"{missing} does not exist"
-    near = difflib.get_close_matches(missing.name, names, n=1)
+    near = difflib.get_close_matches(missing.name, [one for one in names if _may_be_meant(missing.parent / one)], n=1)
     mend = f"did you mean {near[0]}? " if near else ""
     return f"{what}; {mend}{_holds(missing.parent, names)}"
 
 
-def _holds(folder: Path, names: list[str]) -> str:
+def _may_be_meant(path: Path) -> bool:
+    """False for a run without a checkpoint, such as the one that asks."""
+    checkpoints = path / "checkpoints"
+    with contextlib.suppress(OSError):
+        return not checkpoints.is_dir() or bool(_policy_files(_names_in(checkpoints)))
+    return True
+
+
+def _holds(folder: Path | str, names: list[str]) -> str:
     return f"{folder} holds {_listed(names)}" if names else f"{folder} is empty"
 
 

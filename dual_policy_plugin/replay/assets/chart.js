@@ -12,9 +12,8 @@ function svg(name, attributes, text) {
 
 function chartScale(chart, episode) {
   const width = Math.max(160, chart.getBoundingClientRect().width);
-  const values = [0, ...episode.means[0], ...episode.means[1]];
-  const low = Math.min(...values);
-  const high = Math.max(...values, low + 1);
+  const low = episode.range[0];
+  const high = Math.max(episode.range[1], low + 1);
   const inner = CHART.height - CHART.top - CHART.bottom;
   return {
     width, low, high,

@@ -21,8 +21,14 @@ function readData(text) {
       const count = episode.seats.filter((policy) => policy === side).length;
       return episode.totals[side].map((total) => total / count);
     });
+    episode.range = episode.means.reduce(spread, [0, 0]);
   });
   return data;
+}
+
+/** The lowest and the highest of `values` and of `range`. */
+function spread(range, values) {
+  return values.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], range);
 }
 
 /** The returns of a side's agents together, before each step and at the end. */

@@ -29,6 +29,8 @@ LEARNER, NPC, BOTH = 0, 1, 2
 INK, GRID = "#24292f", "#d8dee4"
 STYLES = ("-", "--", ":", "-.")
 _SIZE, _SMALL_SIZE = (5.6, 2.9), (4.2, 2.1)  # width and height in inches, 72 of the page's units each
+_LEFT = 0.62
+"""Inches for the numbers of a vertical axis."""
 _MAX_LEGEND = 8
 """Curves that a figure names itself; of more, and in small figures, the page has one key for all."""
 _STYLE: dict[str, Any] = {
@@ -114,6 +116,7 @@ def draw_lines(
         axes.set_xlabel("learner steps", fontsize=9)
         if limits is not None:
             axes.set_ylim(*limits)
+        _make_room(axes, width)
         if has_legend:
             axes.legend(
                 axes.get_lines()[-len(lines) :], labels, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns,
@@ -244,7 +247,7 @@ def _svg_opening(plot: Plot) -> str:
 
 
 def _new_axes(
-    width: float, height: float, *, left: float = 0.62, right: float = 0.18, top: float = 0.12, bottom: float = 0.5
+    width: float, height: float, *, left: float = _LEFT, right: float = 0.18, top: float = 0.12, bottom: float = 0.5
 ) -> tuple[Figure, Axes]:
     """A figure of so many inches, with axes that leave so many of them at each side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -280,6 +283,14 @@ def _format_values(axes: Axes, largest: float) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
     else:
         axes.ticklabel_format(axis="y", useOffset=False, style="plain")
+
+
+def _make_room(axes: Axes, width: float) -> None:
+    """Moves the left side of axes in a figure of so many inches to where their numbers end, if they are long."""
+    numbers = axes.yaxis.get_major_formatter().format_ticks(axes.get_yticks().tolist())
+    left = max(_LEFT, 0.14 + 0.075 * max(map(len, numbers), default=0))
+    box = axes.get_position()
+    axes.set_position((left / width, box.y0, box.x1 - left / width, box.height))
 
 
 def _tidy_ticks(count: int) -> Any:

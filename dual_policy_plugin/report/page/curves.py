@@ -78,7 +78,8 @@ def win_line(run: Run, label: str, color: int, *, name: str = "", style: int = 0
 
 
 def metric_line(run: Run, name: str, label: str, color: int, *, style: int = 0) -> Line:
-    """A metric as a curve; what is of episodes is weighed by them, a rate by its time."""
+    """A metric as a curve; what is of episodes is weighed by them and pooled as a win rate is, a rate by its time."""
+    least = 0.0
     if name.startswith(("charts/learner_SPS", "charts/env_agent_SPS", "timing/", "cost/")):
         values, steps = run.timing.column(name), timing_steps(run)
         seconds = run.timing.column("timing/rollout_s") + run.timing.column("timing/update_s")
@@ -88,7 +89,9 @@ def metric_line(run: Run, name: str, label: str, color: int, *, style: int = 0) 
         weights = run.metrics.column(EPISODES) if name.startswith(("dual_policy/", "env/")) else None
         if weights is not None and not np.isfinite(weights[np.isfinite(values)]).all():
             weights = None  # a figure that stands where no episode ended is none of episodes
-    found = pool_windows(steps, values, weights)
+        elif weights is not None:
+            least = _least_episodes(float(np.nansum(weights)))
+    found = pool_windows(steps, values, weights, least=least)
     return Line(label=label, steps=found.steps, values=found.means, color=color, style=style)
 
 
@@ -114,7 +117,7 @@ def one_run(run: Run) -> list[Section]:
         Section(
             anchor="env",
             title="What the env counted",
-            intro="Mean per agent and episode, by who acted.",
+            intro="Mean per agent and episode, by who acted; episodes pooled as for the win rate.",
             plots=[_counter(run, name) for name in counters],
         ),
         Section(anchor="rates", title="Rates and cost", plots=_rates(run)),
@@ -137,24 +140,28 @@ def several_runs(runs: Sequence[Run], note: str) -> list[Section]:
     wins = [win_line(run, run.name, k, style=k // MAX_CURVES, has_band=len(runs) <= 4) for k, run in enumerate(runs)]
     band = " The bands are Wilson's 95 % intervals." if len(runs) <= 4 else ""
     pooled = f"Training episodes, pooled: {WIN_EPISODES} or more a point, in a short run {FEW_EPISODES} or more.{band}"
+    training = draw_lines("win_rate", "Win rate in training", pooled, wins, limits=(0, 1), even=0.5)
     losses = [compare(name, title, what, is_small=True) for name, (title, what) in LOSSES.items()]
+    key = color_key([run.name for run in runs]) if any(plot and plot.unnamed for plot in [training, *losses]) else ""
     return [
         Section(
             anchor="wins",
             title="Win rate",
             intro=f"{WIN} {note}".strip(),
-            plots=[draw_lines("win_rate", "Win rate in training", pooled, wins, limits=(0, 1), even=0.5)],
-            blocks=[color_key([run.name for run in runs])],
+            plots=[training],
+            blocks=[key],
         ),
         Section(
             anchor="returns",
             title="Returns",
             plots=[
-                compare(name, f"Return per agent: {who}", "Summed reward of an episode, mean over its agents.")
+                compare(name, f"Return per agent: {who}", "Summed reward of an episode, mean over its agents; pooled.")
                 for name, (who, _) in RETURNS.items()
             ],
         ),
-        Section(anchor="losses", title="Losses", intro="Colors as in the key of the win rate.", plots=losses),
+        Section(
+            anchor="losses", title="Losses", intro="Colors as in the key of the win rate." if key else "", plots=losses
+        ),
         Section(
             anchor="rates",
             title="Rates and cost",
@@ -197,7 +204,9 @@ def _npc_plots(run: Run) -> list[Plot | None]:
     pooled = f"Training episodes against that NPC, pooled{bands}."
     return [
         draw_lines("npc_win_rates", "Win rate against each NPC", pooled + rest, wins, limits=(0, 1), even=0.5),
-        draw_lines("npc_shares", "Who was played", f"Share of the ended episodes.{rest}", shares, limits=(0, 1)),
+        draw_lines(
+            "npc_shares", "Who was played", f"Share of the ended episodes, pooled.{rest}", shares, limits=(0, 1)
+        ),
     ]
 
 
@@ -209,7 +218,8 @@ def _returns(run: Run) -> list[Plot | None]:
         for key, who, color in (("policy_a", "learner", LEARNER), ("npc", "NPC", NPC))
     ]
     is_changing = any(len(line.values) and np.ptp(line.values) > 0 for line in counts)
-    mean, total = "Summed reward of an episode, mean over the agents of each side.", "The same, as a sum over them."
+    mean = "Summed reward of an episode, mean over the agents of each side; episodes pooled as for the win rate."
+    total = "The same, as a sum over them."
     return [
         draw_lines("returns", "Return per agent", mean, lines),
         draw_lines("return_totals", "Return per side", total, totals),
@@ -227,15 +237,15 @@ def _evaluations(run: Run) -> Plot | None:
     """`evals/<opponent>/*` lines, and behind them what result.json has."""
     names = [found[1] for name in run.metrics.names if (found := re.fullmatch(r"evals/(.+)/win_rate", name))]
     final = {match.opponent: match for match in run.evals}
-    last_step = run.metrics.last("charts/agent_step")
     lines = []
     for k, name in enumerate(names[:MAX_CURVES]):
         columns = [run.steps, *(run.metrics.column(f"evals/{name}/{part}") for part in ("win_rate", "low", "high"))]
         points = np.stack(columns)[:, np.isfinite(np.stack(columns)).all(axis=0)]
         points = points[:, _spread(points.shape[1])]
-        if name in final and last_step is not None:
+        if name in final and run.evals_step is not None:
             end = final[name]
-            points = np.append(points, [[last_step], [end.win_rate], [end.low], [end.high]], axis=1)
+            points = np.append(points, [[run.evals_step], [end.win_rate], [end.low], [end.high]], axis=1)
+            points = points[:, np.argsort(points[0], kind="stable")]  # the run may have gone on since
         steps, values, low, high = points
         lines.append(Line(label=name, steps=steps, values=values, band=(low, high), color=k, is_dotted=True))
     rest = f" The first {MAX_CURVES} of {len(names)} opponents." if len(names) > MAX_CURVES else ""

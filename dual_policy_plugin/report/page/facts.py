@@ -13,7 +13,8 @@ import numpy as np
 from dual_policy_plugin.errors import DualPolicyError
 from dual_policy_plugin.evaluation.intervals import wilson_interval
 from dual_policy_plugin.report.figures import format_duration, format_number
-from dual_policy_plugin.report.page.curves import COST, win_windows
+from dual_policy_plugin.report.page.charts import LEARNER
+from dual_policy_plugin.report.page.curves import COST, metric_line, win_windows
 from dual_policy_plugin.report.page.html import Section, cards, listing, paragraph, table
 from dual_policy_plugin.report.page.runs import FINISHED, GOING, Run
 from dual_policy_plugin.rollout.assignment import assign
@@ -22,7 +23,7 @@ MAX_CARDS = 6
 """Opponents in the headline; all are in the table of the evaluation."""
 _VERSIONS = ("dual-policy-plugin", "torch", "numpy", "matplotlib", "hydra-core", "omegaconf", "safetensors")
 _DUAL = "trainer.dual_policy"
-_NUMERIC = ("learner steps", "objective", "return", "time", "cost")
+_NUMERIC = ("learner steps", "objective", "learner's return", "time", "cost")
 _NOT_COMPARED = ("run", f"{_DUAL}.lock")
 
 
@@ -52,7 +53,7 @@ def headline(run: Run) -> Section:
 def table_of_runs(runs: Sequence[Run]) -> Section:
     """All runs: what differs in their configs, and what they came to."""
     keys = differing_keys(runs)
-    header = ["run", "state", "win rates", "return", "objective", "learner steps", "time", "cost"]
+    header = ["run", "state", "win rates", "learner's return", "objective", "learner steps", "time", "cost"]
     header += [key.removeprefix("trainer.") for key in keys]
     rows = [[*_result_cells(run), *(_short(run.setting(key)) for key in keys)] for run in runs]
     empty = {k for k in range(len(header)) if all(row[k] == "-" for row in rows)}
@@ -70,13 +71,13 @@ def _result_cells(run: Run) -> list[str]:
     objective = None if run.result is None else run.result.get("objective")
     wins = ", ".join(f"{one.opponent} {one.win_rate:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in run.evals)
     newest = _newest_win_rate(run)
-    learner, cost = run.fact("dual_policy/policy_a_reward"), run.fact(COST)
+    returns, cost = metric_line(run, "dual_policy/policy_a_reward", "", LEARNER).values, run.fact(COST)
     steps = run.fact("charts/agent_step", "agent_step")
     return [
         run.name,
         run.status,
         wins or (f"{newest[0]} in training" if newest else "-"),
-        "-" if learner is None else format_number(learner),
+        format_number(float(returns[-1])) if len(returns) else "-",
         f"{objective:.3f}" if isinstance(objective, float) else "-",
         "-" if steps is None else f"{steps:,.0f}",
         format_duration(run.fact("timing/elapsed_s", "elapsed_s")),
@@ -212,5 +213,5 @@ def _seats(seats: Sequence[int]) -> str:
 
 
 def _short(value: Any) -> str:
-    shown = "-" if value is None else str(value)
+    shown = "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
     return shown if len(shown) <= 60 else f"{shown[:40]}...{shown[-16:]}"

@@ -121,8 +121,9 @@ def _section(section: Section) -> str:
 
 
 def _width(cell: object) -> str:
-    """Short texts stay on one line, long ones get room."""
-    return "s" if len(str(cell)) <= 20 else "l"
+    """Short texts and names stay on one line, long ones get room."""
+    shown = str(cell)
+    return "s" if len(shown) <= (20 if " " in shown else 46) else "l"
 
 
 def _kind(kind: str) -> str:

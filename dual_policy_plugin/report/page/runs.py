@@ -65,6 +65,8 @@ class Run:
     result: Mapping[str, Any] | None
     evals: tuple[Match, ...]
     """Of result.json."""
+    evals_step: float | None
+    """Learner steps after which they were played."""
     metrics: Lines
     timing: Lines
     policies: tuple[LockEntry, ...]
@@ -148,7 +150,13 @@ def read_run(name: str, folder: Path, *, is_own: bool = False) -> Run:
     ]
     if not metrics.num_lines:
         notes.append("there are no metrics yet")
-    status = FINISHED if is_own else _status(folder, result, metrics)
+    played_at, played_step = _ends(result, folder / "result.json")
+    newest = metrics.last("iteration")
+    if played_at is not None and newest is not None and newest > played_at:
+        notes.append(
+            f"the evaluation of result.json is of iteration {played_at:.0f}; the run has gone on to {newest:.0f} since"
+        )
+    status = FINISHED if is_own else _status(folder, played_at, newest)
     return Run(
         name=name,
         folder=folder,
@@ -157,6 +165,7 @@ def read_run(name: str, folder: Path, *, is_own: bool = False) -> Run:
         config=config,
         result=result if isinstance(result, dict) else None,
         evals=() if result is None else _evals(result, folder / "result.json"),
+        evals_step=played_step,
         metrics=metrics,
         timing=timing,
         policies=_policies(folder),
@@ -181,12 +190,23 @@ def _is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in RUN_FILES)
 
 
-def _status(folder: Path, result: Any, metrics: Lines) -> str:
+def _status(folder: Path, reached: float | None, newest: float | None) -> str:
     if is_locked(folder):
         return GOING
-    reached = result.get("iterations") if isinstance(result, dict) else None
-    newest = metrics.last("iteration")
-    return FINISHED if reached is not None and (newest is None or _number(reached) >= newest) else STOPPED
+    return FINISHED if reached is not None and (newest is None or reached >= newest) else STOPPED
+
+
+def _ends(result: Any, path: Path) -> tuple[float | None, float | None]:
+    """The iteration and the learner steps that result.json is of; None where it does not say."""
+    if not isinstance(result, dict):
+        return None, None
+    try:
+        reached, steps = (
+            None if result.get(key) is None else _number(result[key]) for key in ("iterations", "agent_step")
+        )
+    except ValueError as error:
+        raise _no_result(path, error) from error
+    return reached, steps
 
 
 def _read_config(path: Path) -> tuple[str, Mapping[str, Any]]:
@@ -216,10 +236,14 @@ def _evals(result: Any, path: Path) -> tuple[Match, ...]:
             for one in result["evals"]
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise RunError(
-            f"{path} is not as a run writes it ({type(error).__name__}: {error}); remove it, and run the same command "
-            "again to have it written anew"
-        ) from error
+        raise _no_result(path, error) from error
+
+
+def _no_result(path: Path, error: Exception) -> RunError:
+    return RunError(
+        f"{path} is not as a run writes it ({type(error).__name__}: {error}); remove it, and run the same command "
+        "again to have it written anew"
+    )
 
 
 def _policies(folder: Path) -> tuple[LockEntry, ...]:
