@@ -26,8 +26,9 @@ import sys
 from collections.abc import Callable
 
 from dual_policy_plugin import __version__
+from dual_policy_plugin.commands.completing import COMPLETING, answer
 from dual_policy_plugin.commands.console import configure_logging, is_shown, show_error
-from dual_policy_plugin.commands.words import COMPLETING, choose_command
+from dual_policy_plugin.commands.words import choose_command
 from dual_policy_plugin.errors import DualPolicyError
 from dual_policy_plugin.heartbeat import note_exit
 
@@ -36,8 +37,6 @@ def main(argv: list[str] | None = None) -> int:
     """Runs `dual-policy` with `argv` (the words behind the program's name) and returns the exit code."""
     words = sys.argv[1:] if argv is None else argv
     if COMPLETING in os.environ:
-        from dual_policy_plugin.commands.completing import answer
-
         answer(_dispatch)
     # Read when torch is imported. A waiting thread spins for microseconds, not milliseconds, before it sleeps: on cores
     # that are shared it would keep the thread it waits for from running, ten times slower in all (docs/log.md).

@@ -1,4 +1,7 @@
-"""`make demo`: a policy learns to beat a frozen one while you watch. Trains, plays before and after, says who wins."""
+"""`make demo`: a policy learns to beat a frozen one while you watch.
+
+Trains, plays before and after, records games to watch, says who wins.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,15 @@ from dual_policy_plugin.config import Config
 from dual_policy_plugin.devices import choose_device
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.evaluate import SEED_OFFSET, evaluate_pinned
+from dual_policy_plugin.files import publish
 from dual_policy_plugin.npc.resolver import resolve
+from dual_policy_plugin.replay.page import PAGE_NAME, write_page
+from dual_policy_plugin.replay.record import MAKE_FRAMES, record
 from dual_policy_plugin.report.page.write import REPORT_NAME
 from dual_policy_plugin.train import train
+
+GAMES = 4
+"""Of the replay."""
 
 
 def demo(seed: int | None, train_dir: Path, overrides: Sequence[str] = ()) -> int:
@@ -47,12 +56,24 @@ def demo(seed: int | None, train_dir: Path, overrides: Sequence[str] = ()) -> in
     )[0]
     after = result["evals"][0]
     told = f"report {path / REPORT_NAME}" if config.report else f"result {path}/result.json"
+    if config.env.name in MAKE_FRAMES:
+        told += f", replay {_record_games(config, path, opponent)}"
     print(
         f"demo: win rate vs {opponent} {before.win_rate:.2f} -> {after['win_rate']:.2f} "
         f"[{after['low']:.2f}, {after['high']:.2f}] over {after['episodes']} episodes, "
         f"{result['agent_step'] / 1e6:.1f}M learner steps in {took:.0f} s; {told}"
     )
     return 0
+
+
+def _record_games(config: Config, run_path: Path, opponent: str) -> Path:
+    """The page of the first games of the evaluation after training."""
+    device = choose_device(config.device)
+    policies = resolve(str(run_path)), resolve(opponent)
+    recording, _ = record(*policies, config, episodes=GAMES, seed=config.seed, device=device)
+    page = run_path / PAGE_NAME
+    publish(page, write_page(recording))
+    return page
 
 
 def _opponent(config: Config) -> str:

@@ -14,7 +14,7 @@ from dual_policy_plugin.errors import ConfigError
 
 LINE = (
     r"demo: win rate vs builtin://arena/medium (\d\.\d\d) -> (\d\.\d\d) \[(\d\.\d\d), (\d\.\d\d)\] "
-    r"over (\d+) episodes, (\d+\.\d)M learner steps in \d+ s; report (\S+)"
+    r"over (\d+) episodes, (\d+\.\d)M learner steps in \d+ s; report (\S+), replay (\S+)"
 )
 
 
@@ -24,11 +24,13 @@ def test_demo_ends_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["demo", "--seed", "3", "--train-dir", str(tmp_path), *short]) == 0
     match = re.fullmatch(LINE, capsys.readouterr().out.splitlines()[-1])
     assert match is not None
-    before, after, low, high, episodes, steps, report = match.groups()
+    before, after, low, high, episodes, steps, report, replay = match.groups()
     assert float(before) < 0.2
     assert float(low) <= float(after) <= float(high)
     assert (episodes, steps) == ("64", "0.1")
     assert Path(report).name == "report.html"
+    assert Path(replay) == Path(report).with_name("replay.html")
+    assert "model_" in Path(replay).read_text()
     result = json.loads(Path(report).with_name("result.json").read_text())
     assert result["evals"][0]["win_rate"] == pytest.approx(float(after), abs=0.005)
     assert result["npcs"][0]["uri"] == "builtin://arena/medium"
@@ -40,7 +42,7 @@ def test_demo_names_whom_it_played_against(tmp_path: Path, capsys: pytest.Captur
     assert demo(1, tmp_path, [*short, "evals.opponents=[builtin://arena/random]", f"train_dir={elsewhere}"]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("demo: win rate vs builtin://arena/random ")
-    assert Path(line.rpartition("report ")[2]).is_relative_to(elsewhere)
+    assert Path(line.rpartition("replay ")[2]).is_relative_to(elsewhere)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dual_policy_plugin.commands.words import COMPLETING, OVERRIDE
 from dual_policy_plugin.config import SELECTOR_TYPES
 
+COMPLETING = "_ARGCOMPLETE"
+"""Set by the shell while it asks what the word under the cursor may become."""
+OVERRIDE = "key=value"
+"""Stands in a help for words of the config."""
 URI_NAMES = ("URI", "NEW", "OLD", "FILE", "POLICY")
 """What a parser calls a word that names a policy."""
 PATH_NAMES = ("FILE", "DIR")

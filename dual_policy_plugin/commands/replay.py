@@ -46,13 +46,13 @@ def run(words: list[str]) -> int:
     from dual_policy_plugin.npc.resolver import resolve
     from dual_policy_plugin.overrides import with_seats
     from dual_policy_plugin.replay.from_run import run_of, run_words
-    from dual_policy_plugin.replay.page import write_page
+    from dual_policy_plugin.replay.page import PAGE_NAME, write_page
     from dual_policy_plugin.replay.record import check_recordable, record
 
     with contextlib.redirect_stdout(sys.stderr):  # whatever a client library prints
         policy = resolve(args.policy)
     run_path = run_of(policy)
-    out = args.out or (run_path or Path()) / "replay.html"
+    out = args.out or (run_path or Path()) / PAGE_NAME
     for path in filter(None, (out, args.gif)):
         check_writable(path)
     taken = run_words(run_path, args.overrides) if run_path else []

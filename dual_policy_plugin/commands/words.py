@@ -15,12 +15,9 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import NoReturn, TypeVar
 
+from dual_policy_plugin.commands.completing import COMPLETING, complete_command, complete_words
 from dual_policy_plugin.errors import ConfigError
 
-COMPLETING = "_ARGCOMPLETE"
-"""Set by the shell while it asks what the word under the cursor may become."""
-OVERRIDE = "key=value"
-"""Stands in a help for words of the config."""
 HELP_WORDS = ("-h", "--help", "help")
 _MAX_WIDTH = 100
 _MIN_WIDTH = 40
@@ -51,8 +48,6 @@ def choose_command(
         ConfigError: no such command; names the nearest one.
     """
     if COMPLETING in os.environ and not words:
-        from dual_policy_plugin.commands.completing import complete_command
-
         complete_command(program, list(commands))
     if not words or words[0] in HELP_WORDS:
         _print_commands(program, commands, groups or {"commands": list(commands)}, examples, note)
@@ -158,8 +153,6 @@ def parse_words(
     While a shell asks for completions it is answered instead, and the process ends.
     """
     if COMPLETING in os.environ:
-        from dual_policy_plugin.commands.completing import complete_words
-
         complete_words(parser)
 
     def fail(message: str) -> NoReturn:

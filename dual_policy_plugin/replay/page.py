@@ -18,6 +18,7 @@ from dual_policy_plugin.npc.resolver import PinnedPolicy
 from dual_policy_plugin.replay.record import Episode, Recording
 from dual_policy_plugin.report.tables import printable
 
+PAGE_NAME = "replay.html"
 SCRIPTS = ("data.js", "board.js", "chart.js", "player.js")
 KINDS = {"uint8": "u8", "uint16": "u16", "float32": "f32"}
 DIGEST_LETTERS = 12

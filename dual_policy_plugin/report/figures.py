@@ -44,8 +44,8 @@ def sparkline(values: list[float], sparks: str = SPARKS) -> str:
 
 
 def format_percent(part: float, whole: float) -> str:
-    """As `61.7 %`."""
-    return f"{100 * part / whole:.1f} %"
+    """As `61.7 %`; 100 % at most, since the last iteration may go over the end."""
+    return f"{min(100.0, 100 * part / whole):.1f} %"
 
 
 def format_rate(steps_per_s: float | None) -> str:
