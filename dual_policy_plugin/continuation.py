@@ -37,8 +37,9 @@ from dual_policy_plugin.run_state import (
     share_learner,
 )
 from dual_policy_plugin.seating import Seating, later_seed
-from dual_policy_plugin.snapshots import keep_snapshots, start_pool
+from dual_policy_plugin.snapshots import start_pool
 
+_POOL = "pool"  # who pins the checkpoints of snapshots
 log = logging.getLogger(__name__)
 MAX_STARTS = 10
 """How often a launcher may begin a run after one and the same state."""
@@ -73,9 +74,8 @@ def resume(
         save_checkpoint(config.run, run, parts, counters, {}, None)
     if parts.roster is not None and parts.seatings.pool is not None:
         start_pool(parts.roster, parts.seatings.pool, saved.roster if saved is not None else None, run, ranks)
-        if run is not None:
-            is_between = not run.checkpoint_path(counters.iteration).exists()
-            keep_snapshots(parts.roster, run, is_between=is_between)
+        if run is not None and saved is not None:
+            run.pin(_POOL, parts.roster.kept)
         held_out = [entry for entry in parts.players.lock if entry.role == "held_out"]
         check_held_out(held_out, {one.sha256: one.name for one in parts.roster.snapshots()})
     seating = parts.seatings(counters.num_learner or parts.assignment.num_learner)
@@ -170,9 +170,12 @@ def save_state(
     """Saves what a continued run needs; all ranks must call it together, and rank 0 writes the file.
 
     With `is_between` there is no checkpoint of this iteration, and the run is to end as if nothing had been saved here:
-    what the last checkpoint pinned stays so. That is enough, since snapshots are taken with a checkpoint only.
+    the snapshots that were kept at the last checkpoint stay so. That is enough, since one is taken with a checkpoint
+    only.
     """
     roster = parts.roster
+    if roster is not None and not is_between:
+        roster.keep()
     of_rank = episode_tensors(parts.env, seating.mixed, seating.metrics)
     episodes = gather_tensors(of_rank, ranks, _device(parts))
     if run is None:
@@ -181,8 +184,8 @@ def save_state(
     state = encode_state(counters, learner, episodes, None if roster is None else roster.as_dict())
     run.sync_lines()
     run.save_state(STATE_NAME, state)
-    if roster is not None and not is_between:
-        keep_snapshots(roster, run)
+    if roster is not None:
+        run.pin(_POOL, roster.kept)
     if run.mirror is not None:
         run.mirror.advance()
     parts.players.hold.refresh()

@@ -61,6 +61,8 @@ class Roster:
     """The iteration of the last snapshot; before the first one 0."""
     since: Record = field(default_factory=Record)
     """All games since then."""
+    kept: list[int] = field(default_factory=list)
+    """Epochs of the snapshots whose checkpoints stay, see `keep`."""
 
     @classmethod
     def begin(cls, npcs: Sequence[Entry], config: MatchmakingConfig, self_play: SelfPlayConfig | None) -> Roster:
@@ -157,6 +159,14 @@ class Roster:
         in_slots = [self.slots[k] for k in sorted(self.snapshot_slots(), key=self._age)]
         return in_slots + self.waiting
 
+    def keep(self) -> None:
+        """Notes the snapshots of now as those whose checkpoints stay until this is called again.
+
+        It belongs to the run's state: were it read from the index of the checkpoints, a machine that is lost between
+        the two would have the run end with other files.
+        """
+        self.kept = [entry.born for entry in self.snapshots()]
+
     def snapshot_slots(self) -> list[int]:
         """The slots in which a snapshot plays or has retired."""
         return [k for k, slot in enumerate(self.slots) if slot.is_snapshot]
@@ -172,6 +182,7 @@ class Roster:
             "waiting": [asdict(entry) for entry in self.waiting],
             "newest": self.newest,
             "since": asdict(self.since),
+            "kept": self.kept,
         }
 
     def restore(self, saved: Mapping[str, Any], where: str) -> None:
@@ -186,6 +197,7 @@ class Roster:
             raise RunError(f"{where}: its pool has other NPCs than this run; use another run= name")
         self.slots, self.waiting = slots, [_entry(one) for one in saved["waiting"]]
         self.newest, self.since = int(saved["newest"]), Record(**saved["since"])
+        self.kept = list(saved.get("kept", ()))
 
     def _age(self, k: int) -> tuple[int, bool, int]:
         return self.slots[k].born, self.slots[k].is_snapshot, k

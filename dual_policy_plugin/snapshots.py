@@ -86,15 +86,6 @@ def change_npcs(
     advance_pool(roster, pool, run, ranks)
 
 
-def keep_snapshots(roster: Roster, run: RunDirectory, *, is_between: bool = False) -> None:
-    """Keeps the checkpoints of the snapshots that the roster has; to be called when that is what the state says.
-
-    With `is_between` the state belongs to no checkpoint: what is kept for the last one stays so too.
-    """
-    kept = run.pinned("pool") if is_between else set()
-    run.pin("pool", kept | {entry.born for entry in roster.snapshots()})
-
-
 def take_snapshot(roster: Roster, run: RunDirectory | None, epoch: int, ranks: Ranks, device: torch.device) -> None:
     """Notes the checkpoint of `epoch`, which has been saved, as a snapshot that is to play.
 

@@ -119,13 +119,14 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
             beat(timing["timing/elapsed_s"] if ranks.is_first else None)
             is_last = counters.agent_step >= trainer.total_timesteps
             is_snapshot = count_games(parts.roster, seating.mixed.pool, sums, counters.iteration)
+            has_checkpoint = is_last or is_snapshot or counters.iteration % trainer.checkpoint_interval == 0
             checkpoint = None
             if run is not None and log is not None:
                 if trainer.evaluate_interval and counters.iteration % trainer.evaluate_interval == 0 and not is_last:
                     figures |= as_metrics(_evaluate(config, parts, device, make_host))
                 add_to_score(counters, figures, trainer.best_metric)
                 log.record(counters.iteration, figures, timing)  # first: no checkpoint stands without its metrics
-                if is_last or is_snapshot or counters.iteration % trainer.checkpoint_interval == 0:
+                if has_checkpoint:
                     checkpoint = save_checkpoint(config.run, run, parts, counters, figures, take_score(counters))
             snapshot = counters.iteration if is_snapshot else None
             change_npcs(parts.roster, parts.seatings.pool, run, snapshot, ranks)
@@ -133,7 +134,7 @@ def train(config: Config, *, resolved_yaml: str = "", make_host: Callable[..., A
             is_due = checkpoint is not None or time.monotonic() - saved_at >= trainer.state_interval_s
             asked, is_due = signals.asked(ranks, device, is_due=is_due and ranks.is_first)
             if asked or is_due:
-                save_state(run, parts, seating, counters, ranks, is_between=checkpoint is None)
+                save_state(run, parts, seating, counters, ranks, is_between=not has_checkpoint)
                 saved_at = time.monotonic()
             if log is not None:
                 log.show(counters.iteration, figures, timing, checkpoint)

@@ -1006,6 +1006,29 @@ def test_five_lost_machines_leave_no_trace(tmp_path: Path, sync_uri: str) -> Non
     assert read_result(sync_uri, "pool") == json.loads((tmp_path / "last/pool/result.json").read_bytes())
 
 
+def test_an_index_of_checkpoints_that_is_newer_than_the_state_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine may be lost when the one has arrived in the mirror and the other has not."""
+    whole, state = program.iteration_figures, tmp_path / "pool" / STATE_NAME
+    older: dict[int, bytes] = {}
+
+    def noting(counters: Counters, *args: Any) -> Any:
+        older[counters.iteration] = state.read_bytes()
+        return whole(counters, *args)
+
+    monkeypatch.setattr(program, "iteration_figures", noting)
+    train_here(tmp_path)
+    ended = bytes_of(tmp_path / "pool")
+    assert "checkpoints/model_0012.safetensors" in ended  # of a snapshot that has left the pool since iteration 15
+    for iteration in (17, 16):
+        state.write_bytes(older[iteration])
+        train_here(tmp_path)
+        again = bytes_of(tmp_path / "pool")
+        assert again.keys() == ended.keys()
+        assert {name for name in ended if again[name] != ended[name]} <= {"timing.jsonl", "result.json"}
+
+
 def test_a_stop_is_answered_when_the_state_has_arrived(
     tmp_path: Path, bucket: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

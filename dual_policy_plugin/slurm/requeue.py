@@ -13,6 +13,8 @@ MAX_STARTS = 20
 Slurm counts every start, also those after a timeout or a preemption, of which a long run has many.
 """
 SOON_S = 600.0
+_UNTERMINATED = ("sh", "-c", 'trap "" TERM; exec "$@"', "sh")
+"""Before a command: a step that lost a task is being ended, and the SIGTERM for all of its processes comes just now."""
 _log = logging.getLogger(__name__)
 
 
@@ -29,8 +31,10 @@ def requeue_job() -> bool:
         _log.error("the job was begun %d times and ends here; the same command goes on", starts + 1)
         return False
     try:
-        done = subprocess.run(["scontrol", "requeue", job_id], timeout=60, check=False, capture_output=True, text=True)
-        refusal = done.stderr.strip() if done.returncode else ""
+        done = subprocess.run(
+            [*_UNTERMINATED, "scontrol", "requeue", job_id], timeout=60, capture_output=True, text=True
+        )
+        refusal = (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else ""
     except (OSError, subprocess.TimeoutExpired) as error:
         refusal = str(error)
     if refusal and "pending" not in refusal:  # another process of the job was first

@@ -302,7 +302,9 @@ def test_a_long_run_with_many_starts_is_queued_again(
         ("echo Requested operation is presently disabled for job 41 >&2; exit 1", False, "is presently disabled"),
         ("echo Job is pending execution for job 41 >&2; exit 1", True, "job 41 is queued again"),
         ("", True, "job 41 is queued again"),
-        (None, False, "No such file or directory"),
+        ("kill -KILL $$", False, "exit code -9"),
+        ("kill -TERM $$; echo Requested operation is presently disabled >&2; exit 1", False, "is presently disabled"),
+        (None, False, "not found"),
     ],
 )
 def test_what_slurm_says_to_a_requeue(

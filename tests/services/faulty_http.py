@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NoReturn
 from urllib.parse import parse_qs, urlsplit
 
 from tests.services.faults import Fault, Faults
@@ -194,15 +195,23 @@ def _handler_class(server: FaultyHttpServer, answer: Callable[[Request], Respons
             return response
 
         def read_body(self) -> bytes:
+            """The whole body: of a client that is killed within it nothing is kept, as no service would."""
             if "chunked" not in self.headers.get("Transfer-Encoding", ""):
-                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                return self.read_whole(int(self.headers.get("Content-Length") or 0))
             chunks = []
-            while size := int(self.rfile.readline().split(b";")[0], 16):
-                chunks.append(self.rfile.read(size))
+            while size := int(self.rfile.readline().split(b";")[0] or self.cut_off(), 16):
+                chunks.append(self.read_whole(size))
                 self.rfile.readline()
-            while self.rfile.readline().strip():
+            while (line := self.rfile.readline()).strip():
                 pass
-            return b"".join(chunks)
+            return b"".join(chunks) if line else self.cut_off()
+
+        def read_whole(self, num_bytes: int) -> bytes:
+            data = self.rfile.read(num_bytes)
+            return data if len(data) == num_bytes else self.cut_off()
+
+        def cut_off(self) -> NoReturn:
+            raise ConnectionError("the client went away within its request")
 
         def write(self, response: Response) -> None:
             self.write_head(response)

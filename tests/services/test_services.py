@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import random
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -352,6 +354,19 @@ def test_s3_keeps_multipart_ranges_versions_and_conditions(s3_server: S3Server) 
     assert first["VersionId"] != second["VersionId"]
     with pytest.raises(ClientError, match="NoSuchKey"):
         s3.get_object(Bucket="policies", Key="none")
+
+
+def test_s3_keeps_nothing_of_a_client_that_is_killed_within_its_request(s3_server: S3Server) -> None:
+    client = s3_server.client()
+    client.create_bucket(Bucket="bucket")
+    client.put_object(Bucket="bucket", Key="k", Body=b"whole")
+    address = urlsplit(s3_server.url)
+    for head in (b"Content-Length: 100\r\n\r\nhalf", b"Transfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n"):
+        with socket.create_connection((address.hostname, address.port)) as connection:
+            connection.sendall(b"PUT /bucket/k HTTP/1.1\r\nHost: x\r\n" + head)
+            connection.shutdown(socket.SHUT_WR)
+            assert connection.recv(1) == b""
+    assert client.get_object(Bucket="bucket", Key="k")["Body"].read() == b"whole"
 
 
 def test_s3_faults_reach_boto3(s3_server: S3Server) -> None:
