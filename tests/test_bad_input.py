@@ -5,7 +5,6 @@ harm what stands there nor be in the way of the next start.
 """
 
 import json
-import logging
 import math
 import os
 import re
@@ -30,6 +29,7 @@ from dual_policy_plugin.checkpoint import PolicyFile, decode_policy, encode_poli
 from dual_policy_plugin.cli import main
 from dual_policy_plugin.policies.build import build_policy
 from dual_policy_plugin.types import ObservationSpace
+from tests.harness import logging_as_it_was
 
 ROOT = Path(dual_policy_plugin.__file__).parent.parent
 PCT = "trainer.dual_policy.training_agents_pct"
@@ -88,11 +88,8 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No variables of the machine's; log handlers and level as they were."""
     for name in ("HYDRA_FULL_ERROR", "LOG_LEVEL", "METTA_HOURLY_COST"):
         monkeypatch.delenv(name, raising=False)
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    with logging_as_it_was():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import dual_policy_plugin
 from dual_policy_plugin.cli import main
 from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.config import PolicySource
+from tests.harness import logging_as_it_was
 
 ROOT = Path(dual_policy_plugin.__file__).parent.parent
 URI = "trainer.dual_policy.checkpoint_npc.uri"
@@ -36,11 +37,8 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     for name in ("HYDRA_FULL_ERROR", "LOG_LEVEL", "METTA_HOURLY_COST"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    with logging_as_it_was():
+        yield
 
 
 def run_program(*command: str, cwd: Path, **environment: str) -> "subprocess.CompletedProcess[str]":

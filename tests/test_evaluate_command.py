@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from dual_policy_plugin.commands.evaluate import print_cross_play
 from dual_policy_plugin.evaluation.cross_play import CrossPlay, summarise
 from dual_policy_plugin.evaluation.matches import PairingRecord
 from dual_policy_plugin.npc.resolver import PinnedPolicy
+from tests.harness import logging_as_it_was
 
 SMALL = [
     "env.num_agents=4", "env.height=8", "env.width=8", "env.episode_steps=16", "env.mines=2", "env.altars=2",
@@ -33,11 +33,8 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     monkeypatch.setenv("COLUMNS", "80")
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    with logging_as_it_was():
+        yield
 
 
 def test_table_json_and_picture(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import io
-import logging
 import re
 import shlex
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from dual_policy_plugin import cli
 from dual_policy_plugin.cli import main
 from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.overrides import CONFIG_DIR
+from tests.harness import logging_as_it_was
 
 HELPS = [
     "", "train", "import", "demo", "npc", "npc resolve", "npc inspect", "npc lock", "npc cache", "runs", "evaluate",
@@ -48,11 +48,8 @@ NETWORK = ("runs", "wandb://", "train_dir/")
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LOG_LEVEL", raising=False)
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    with logging_as_it_was():
+        yield
 
 
 @functools.cache

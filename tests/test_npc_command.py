@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from dual_policy_plugin.npc.candidates import Candidate
 from dual_policy_plugin.npc.sources import SOURCES
 from dual_policy_plugin.npc.uri import NpcUri
 from dual_policy_plugin.types import ObservationSpace
+from tests.harness import logging_as_it_was
 from tests.services.fixtures import s3_server, wandb_server  # noqa: F401
 from tests.services.s3_server import S3Server
 from tests.services.wandb_server import WandbServer
@@ -47,11 +47,8 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     monkeypatch.setenv("DUAL_POLICY_CACHE", str(tmp_path / "cache"))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    with logging_as_it_was():
+        yield
 
 
 def policy(number: int = 0, **metadata: Any) -> bytes:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import logging
 import os
 import re
 import shlex
@@ -31,6 +30,7 @@ from dual_policy_plugin.cli import main
 from dual_policy_plugin.composition import compose_config, compose_hydra_node
 from dual_policy_plugin.policies.loading import load_policy_from_checkpoint
 from tests.docs.pages import PAGES, ROOT, blocks, commands
+from tests.harness import logging_as_it_was
 
 (MINE,) = (block.text for block in blocks(ROOT / "docs" / "quick_start.md") if block.language == "yaml")
 IS_FULL = bool(os.environ.get("DUAL_POLICY_FULL_COMMANDS"))
@@ -277,11 +277,8 @@ def _as_a_reader(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No settings of this shell; log handlers and level as they were afterwards."""
     for name in ("HYDRA_FULL_ERROR", "LOG_LEVEL", "METTA_HOURLY_COST"):
         monkeypatch.delenv(name, raising=False)
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    with logging_as_it_was():
+        yield
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@ are what they claim to be. `make oracle` trains on every seat, with five seeds."
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from itertools import permutations, product
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from dual_policy_plugin.envs.adapt import as_host
 from tests.envs.toy_envs import play, step
+from tests.harness import logging_as_it_was
 from tests.oracle.best_response import Strategy, best_response, mean_value, npc_value, value
 from tests.oracle.kuhn import (
     BET,
@@ -203,11 +203,8 @@ def test_the_npcs_file_plays_its_strategy(tmp_path: Path, table: str) -> None:
 
 @pytest.fixture
 def _log_as_before() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    with logging_as_it_was():
+        yield
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 import shlex
@@ -43,7 +42,7 @@ from dual_policy_plugin.rollout.mixed_policy import MixedPolicy
 from dual_policy_plugin.train import train
 from dual_policy_plugin.types import StepResult, VecEnv
 from tests.envs.toy_envs import make_late_puffer, make_script
-from tests.harness import CPU, Always, Loop, make_loop
+from tests.harness import CPU, Always, Loop, logging_as_it_was, make_loop
 from tests.rl.real_env_hosts import make_clock, make_logged, make_surveyed
 
 ROOT = Path(__file__).parents[2]
@@ -57,11 +56,8 @@ SMALL = (
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A folder of its own as cwd, log handlers as they were, and no worker left behind."""
     monkeypatch.chdir(tmp_path)
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    with logging_as_it_was():
+        yield
     assert psutil.Process().children(recursive=True) == []
 
 
