@@ -24,8 +24,8 @@ from dual_policy_plugin.errors import (
     NpcNotFoundError,
     WandbError,
 )
-from dual_policy_plugin.npc.sources.http import quiet_logs
 from dual_policy_plugin.npc.sources.wandb_artifacts import model_uri, newest_model, policy_file
+from dual_policy_plugin.npc.sources.wandb_client import ATTEMPT_S, open_client
 from dual_policy_plugin.npc.uri import parse_uri
 
 if TYPE_CHECKING:
@@ -44,14 +44,6 @@ _WANDB_MODES = {
 }  # fmt: skip
 """The values of WANDB_MODE that the client knows, and our own word."""
 
-# The client tries again for minutes by default. A retry count times a wait above the timeout would hide the cause.
-_BOUNDS = {
-    "WANDB__GRAPHQL_RETRY_MAX": "2",
-    "WANDB__GRAPHQL_RETRY_WAIT_MIN_SECONDS": "1",
-    "WANDB__GRAPHQL_RETRY_WAIT_MAX_SECONDS": "2",
-    "WANDB_HTTP_TIMEOUT": "20",
-    "WANDB_SILENT": "true",
-}
 _NO_NETWORK = re.compile(
     r"giving up after|dial tcp|connection|did not respond|timeout|timed out|EOF|HTTP 5\d\d|no such host|certificate",
     re.IGNORECASE,
@@ -119,18 +111,22 @@ def list_runs(
         return [_describe(run) for run in found]
 
 
-def open_api() -> wandb.Api:
-    """The client, logged in without asking anything, its retries bounded where the user's environment does not say."""
+def open_api(attempt_s: int = ATTEMPT_S) -> wandb.Api:
+    """The client, logged in, as `wandb_client.open_client` opens it; it prints nothing.
+
+    Raises:
+        NoLoginError: no login is found.
+        WandbError: the package is missing.
+        Exception: of the client's own; `one_line_errors` turns them into ours.
+    """
+    os.environ.setdefault("WANDB_SILENT", "true")
     try:
-        import wandb
+        api = open_client(attempt_s)
     except ImportError as error:
         raise WandbError("this needs the package wandb: `pip install 'dual-policy-plugin[wandb]'`") from error
-    quiet_logs()
-    for name, value in _BOUNDS.items():
-        os.environ.setdefault(name, value)
-    if not wandb.login(prompt=False, verify=False):
+    if api is None:
         raise NoLoginError("no W&B login; run `wandb login` or set WANDB_API_KEY")
-    return wandb.Api(timeout=int(os.environ["WANDB_HTTP_TIMEOUT"]))
+    return api
 
 
 def wandb_defaults() -> tuple[str | None, str | None]:

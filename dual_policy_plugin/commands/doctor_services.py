@@ -28,8 +28,6 @@ _WANDB_MODES = ("online", "offline", "disabled", "shared")
 def probe_wandb(train_dir: Path) -> Iterator[Finding]:
     """The client, and where it is to be online, whether its login is taken; asks nothing at a terminal."""
     mode = os.environ.get("WANDB_MODE", "")
-    os.environ["WANDB_HTTP_TIMEOUT"] = str(NETWORK_S)  # in place of minutes
-    os.environ["WANDB__GRAPHQL_RETRY_MAX"] = "0"
     try:
         import wandb
 
@@ -51,7 +49,7 @@ def probe_wandb(train_dir: Path) -> Iterator[Finding]:
     host = _host("WANDB_BASE_URL") or "api.wandb.ai"
     try:
         with one_line_errors():
-            entity = open_api().default_entity
+            entity = open_api(attempt_s=NETWORK_S - 1).default_entity
         yield Finding(what="W&B", state=OK, fact=f"{release}, logged in at {host} as {entity or 'nobody by default'}")
     except NoNetworkError:
         mend = "see the network and WANDB_BASE_URL; wandb=offline keeps the figures here"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from dual_policy_plugin.config import WandbConfig
 from dual_policy_plugin.errors import ConfigError, RunError
+from dual_policy_plugin.npc.sources.wandb_client import open_client
 from dual_policy_plugin.publishing import Checkpoint, Destination, checkpoint_facts, plain_name
 from dual_policy_plugin.run_directory import RunDirectory
 from dual_policy_plugin.wandb_runs import DEFAULT_PROJECT, clean, quieter_mode, wandb_defaults
@@ -65,7 +66,7 @@ class WandbLogger:
                 f"install it with `pip install 'dual-policy-plugin[wandb]'`, or use wandb=off"
             ) from error
         try:
-            if mode == "online" and not wandb.login(prompt=False, verify=True):
+            if mode == "online" and open_client() is None:
                 raise ConfigError(
                     "wandb.mode=online finds no W&B login; "
                     "run `wandb login`, set WANDB_API_KEY, or use wandb=offline or wandb=off"

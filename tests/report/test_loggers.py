@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import socket
 import struct
 import sys
 import threading
@@ -175,7 +176,7 @@ def test_online_with_a_refused_key_is_one_line(run: RunDirectory, monkeypatch: p
         server.shutdown()
     message = str(caught.value)
     assert re.fullmatch(
-        r"wandb\.mode=online could not start: Failed to authenticate .* user is not logged in; "
+        r"wandb\.mode=online could not start: Failed to verify credentials with .* user is not logged in; "
         r"see that the server is reachable and the login right, or use wandb=offline or wandb=off",
         message,
     )
@@ -183,14 +184,24 @@ def test_online_with_a_refused_key_is_one_line(run: RunDirectory, monkeypatch: p
     assert "hunter2" not in message
 
 
-@pytest.mark.slow  # the client tries again for ten seconds
-def test_online_without_a_server_is_one_line(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
-        port = server.server_port  # nobody listens there once it is closed
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    with pytest.raises(ConfigError, match=rf"wandb\.mode=online could not start: .*127\.0\.0\.1:{port}.*; see that"):
-        WandbLogger.open(WandbConfig(mode="online"), run, name="exp", run_config={})
+@pytest.mark.parametrize(
+    ("is_listening", "why"), [(False, "connection refused"), (True, "Client.Timeout|deadline exceeded")]
+)
+def test_online_without_an_answer_is_one_line_with_the_cause(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, is_listening: bool, why: str
+) -> None:
+    """The service must be the first to give up: ended while it cancels a request for the client, it may hang."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))  # kept to the end, so that nobody else listens there
+        if is_listening:
+            server.listen()
+        port = server.getsockname()[1]
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+        monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "1")
+        cause = rf"127\.0\.0\.1:{port}/graphql giving up after 2 .*({why}).*"
+        with pytest.raises(ConfigError, match=rf"wandb\.mode=online could not start: .*{cause}; see that"):
+            WandbLogger.open(WandbConfig(mode="online"), run, name="exp", run_config={})
 
 
 # ---- W&B's own variables ----

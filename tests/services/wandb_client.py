@@ -22,14 +22,13 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 # Retries and timeouts of the client's service process (wandb-core), all of them whole numbers of 1 or more: 0 and 0.01
-# mean "the default" (waits from 2 to 60 s). A retry count times a wait above WANDB_HTTP_TIMEOUT hides the cause:
-# `wandb.Api` then only says that "the service process is busy and did not respond in time".
+# mean "the default" (waits from 2 to 60 s).
 BOUNDED_RETRIES = {
     f"WANDB__{part}_RETRY_{key}": "1"
     for part in ("GRAPHQL", "FILE_TRANSFER", "FILE_STREAM")
     for key in ("MAX", "WAIT_MIN_SECONDS", "WAIT_MAX_SECONDS")
 } | {
-    "WANDB_HTTP_TIMEOUT": "5",  # seconds a GraphQL request may take, and how long wandb.Api waits for its answer
+    "WANDB_HTTP_TIMEOUT": "5",  # seconds one attempt of a GraphQL request may take
     "WANDB_FILE_PUSHER_TIMEOUT": "5",  # seconds a file transfer may take
     "WANDB__FILE_STREAM_TIMEOUT_SECONDS": "5",
     "WANDB_INIT_TIMEOUT": "15",

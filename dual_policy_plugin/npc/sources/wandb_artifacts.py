@@ -18,6 +18,7 @@ from dual_policy_plugin.errors import DigestError, NpcError, NpcNotFoundError
 from dual_policy_plugin.npc.candidates import Candidate, flat_metadata
 from dual_policy_plugin.npc.sources import http
 from dual_policy_plugin.npc.sources.http import Transient, read_checked, with_retries
+from dual_policy_plugin.npc.sources.wandb_client import open_client
 from dual_policy_plugin.npc.uri import NpcUri, WandbName, wandb_name
 
 MODEL_TYPE = "model"
@@ -25,16 +26,9 @@ MAX_VERSIONS = 10_000
 MAX_RUNS = 2_000
 MAX_FILES = 1_000
 PER_PAGE = 100
-TIMEOUT_S = 20
 NUM_CONNECTIONS = 8
 LISTER = "`dual-policy runs` lists what there is"
 
-_WANDB_RETRIES = {
-    "x_graphql_retry_max": 1,
-    "x_graphql_retry_wait_min_seconds": 1,
-    "x_graphql_retry_wait_max_seconds": 1,
-}
-"""The client's own retries (by default for minutes); those of `with_retries` come on top."""
 _GONE = re.compile(
     r"not found|could not find|unable to parse '\w+' response|does not exist|but this artifact is of type", re.I
 )
@@ -132,27 +126,18 @@ def open_api(asked: str) -> Any:
     Raises:
         NpcError: W&B is not installed, there is no login, W&B refuses it, or it cannot be reached.
     """
-    try:
-        import wandb
-    except ImportError:
-        raise NpcError(
-            "wandb:// needs W&B's client; install it with: pip install 'dual-policy-plugin[wandb]'"
-        ) from None
-    http.quiet_logs()
 
     def once() -> Any:
         with _errors(asked):
-            settings = wandb.setup().settings
-            unset = [key for key in _WANDB_RETRIES if getattr(settings, key, 0) is None]
-            for key in unset:
-                setattr(settings, key, _WANDB_RETRIES[key])
             try:
-                if not settings.identity_token_file and not wandb.login(prompt=False):  # else Api() asks at a terminal
-                    raise NpcError(f"{_failed(asked)}: no access, W&B has no login here; run `wandb login`")
-                return wandb.Api(timeout=TIMEOUT_S)
-            finally:
-                for key in unset:
-                    setattr(settings, key, None)
+                api = open_client()
+            except ImportError:
+                raise NpcError(
+                    "wandb:// needs W&B's client; install it with: pip install 'dual-policy-plugin[wandb]'"
+                ) from None
+            if api is None:
+                raise NpcError(f"{_failed(asked)}: no access, W&B has no login here; run `wandb login`")
+            return api
 
     return with_retries(once, _failed(asked))
 
