@@ -180,8 +180,8 @@ class TrainerConfig:
     publish_uri: str | None = None
     """s3://bucket/prefix/ that gets every checkpoint as <run>/model_<epoch>.safetensors, once; None: nowhere."""
     sync_uri: str | None = None
-    """s3://bucket/prefix/ or a folder, under which the run directory is mirrored as <run>/, so that the run can go on
-    on another machine; None: nowhere."""
+    """s3://bucket/prefix/ or a folder, under which the run directory is mirrored as <run>/, so that the run (and a
+    curriculum with its jobs) can go on on another machine; None: nowhere."""
     initial_policy: PolicySource | None = None
     """Start the learner from this checkpoint; not a resume."""
     dual_policy: DualPolicyConfig = field(default_factory=DualPolicyConfig)

@@ -89,7 +89,7 @@ class RunMirror:
             StorageError: it cannot be reached.
         """
         place = open_place(sync_uri, run)
-        _check_apart(place, folder)
+        check_apart(place, folder)
         check_unlocked(folder)
         lease = Lease(place)
         with waiting(f"waiting for {place.where}"):
@@ -284,8 +284,8 @@ def read_result(sync_uri: str, run: str) -> dict[str, Any] | None:
     return result
 
 
-def _check_apart(place: Place, folder: Path) -> None:
-    """Raises a RunError where the mirror would be the run directory itself."""
+def check_apart(place: Place, folder: Path) -> None:
+    """Raises a RunError where the mirror would be the directory itself that it mirrors."""
     if isinstance(place, FolderPlace):
         mirror, own = place.folder.resolve(), folder.resolve()
         if mirror == own or mirror in own.parents or own in mirror.parents:

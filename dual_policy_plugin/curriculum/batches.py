@@ -1,10 +1,12 @@
-"""How an attempt's jobs reach a launcher, and what its errors become. Their results stand in the jobs' folders."""
+"""How an attempt's jobs reach a launcher, what its errors become, and what the jobs leave in their folders."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -12,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dual_policy_plugin.curriculum.request import SweepRequest
 from dual_policy_plugin.curriculum.state import Job
 from dual_policy_plugin.errors import DualPolicyError, RunError
+from dual_policy_plugin.npc.sources.local import file_digest
 from dual_policy_plugin.slurm.errors import explain
 from dual_policy_plugin.waiting import waiting
 
@@ -60,3 +63,28 @@ def launch_batch(request: SweepRequest, batch: Sequence[Job]) -> Exception | Non
             log.warning("job %d failed: %s", job.num, error)
             trouble = trouble or error
     return trouble
+
+
+def take_result(folder: Path, job: Job, result: Any) -> None:
+    """Writes down what a job's result.json says, and the digest of the policy that it names.
+
+    Raises:
+        RunError: it is not as a run writes it, or the policy is gone.
+    """
+    try:
+        job.checkpoint = f"{job.num}/{result['checkpoint']}"
+        job.objective, job.agent_step = result["objective"], result["agent_step"]
+        job.elapsed_s = result["elapsed_s"]
+    except (KeyError, TypeError) as error:
+        raise RunError(
+            f"{folder / str(job.num)}/result.json is not as a run writes it ({error}); remove it, and the same command "
+            "runs the job again"
+        ) from error
+    try:
+        job.sha256 = file_digest(folder / job.checkpoint)
+    except OSError as error:
+        raise RunError(
+            f"{folder / job.checkpoint}, which job {job.num} ended with, cannot be read: "
+            f"{error.strerror or type(error).__name__}; bring it back, or use another run= name"
+        ) from error
+    job.status = "finished"

@@ -28,6 +28,7 @@ from dual_policy_plugin.policies.npcs import LOCK_NAME
 
 NPC_KEY = "trainer.dual_policy.checkpoint_npc"
 INITIAL_KEY = "trainer.initial_policy"
+LOCK_KEY = "trainer.dual_policy.lock"
 SEED_STEP = 1000
 """Between an attempt's seeds and the next one's, so that a repeat is another run."""
 _STAND_IN = "builtin://arena/random"
@@ -138,7 +139,7 @@ def npc_overrides(overrides: Sequence[str], uri: str, lock: Path) -> list[str]:
     """A job's overrides with its NPC."""
     result = _with(overrides, "trainer.dual_policy.enabled", "trainer.dual_policy.enabled=true")
     result = _with(result, f"{NPC_KEY}.uri", text_override(f"{NPC_KEY}.uri", uri))
-    return _with(result, "trainer.dual_policy.lock", text_override("trainer.dual_policy.lock", str(lock)))
+    return _with(result, LOCK_KEY, text_override(LOCK_KEY, str(lock)))
 
 
 def request_record(request: SweepRequest) -> dict[str, Any]:

@@ -11,13 +11,11 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
 
 from dual_policy_plugin.config import Config
 from dual_policy_plugin.config_loading import load_config
 from dual_policy_plugin.curriculum import gates, ladder
-from dual_policy_plugin.curriculum.batches import launch_batch, split_batches
+from dual_policy_plugin.curriculum.batches import launch_batch, split_batches, take_result
 from dual_policy_plugin.curriculum.config import KEY
 from dual_policy_plugin.curriculum.decisions import AFTER_GATE, best_of_visit, decide, next_place, reopen, starts_from
 from dual_policy_plugin.curriculum.request import (
@@ -34,14 +32,13 @@ from dual_policy_plugin.curriculum.state import (
     Job,
     SweepState,
     read_state,
-    write_state,
 )
+from dual_policy_plugin.curriculum.sweep_files import SweepFiles
 from dual_policy_plugin.devices import set_threads
 from dual_policy_plugin.errors import CurriculumStopped, RunError
 from dual_policy_plugin.files import file_error, read_json, remove_temporary_files
 from dual_policy_plugin.npc.lock import LockEntry
 from dual_policy_plugin.npc.resolver import PinnedPolicy, hold_pinned
-from dual_policy_plugin.npc.sources.local import file_digest
 from dual_policy_plugin.report.page.write import write_own_report
 from dual_policy_plugin.run_lock import check_unlocked, lock_run, unlock_run
 
@@ -58,21 +55,23 @@ def run_sweep(request: SweepRequest) -> SweepState:
     configs = check_request(request)
     config, pinned = configs[0], None
     others: list[LockEntry] = []
-    if read_state(request.folder) is None:
-        check_unused(request.folder)
-        pinned, others = ladder.pin_rungs(request.settings, configs), ladder.pin_others(configs)
-    try:
-        request.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise file_error(error, request.folder, "created") from error
     with ExitStack() as stack:
+        files = stack.enter_context(SweepFiles.open(request, config))
+        if read_state(request.folder) is None:
+            check_unused(request.folder)
+            pinned, others = ladder.pin_rungs(request.settings, configs), ladder.pin_others(configs)
+        try:
+            request.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise file_error(error, request.folder, "created") from error
         stack.callback(unlock_run, lock_run(request.folder, time.time()))
         remove_temporary_files(request.folder)
-        state = _open_state(request, config, pinned, others)
+        state = _open_state(request, files, config, pinned, others)
         stack.enter_context(hold_pinned(ladder.locked_rungs(request.folder, state.rungs)))
         while state.status == "running":
-            _run_attempt(request, state)
-            _pass_gate(request, state, config.seed)
+            _run_attempt(request, files, state)
+            _pass_gate(request, files, state, config.seed)
+        files.finish()
     if config.report:
         log.info(write_own_report(request.folder, ladder=asdict(state)))
     _report_end(request, state)
@@ -85,21 +84,25 @@ def count_stages(request: SweepRequest, num_rungs: int) -> int:
 
 
 def _open_state(
-    request: SweepRequest, config: Config, pinned: Sequence[PinnedPolicy] | None, others: Sequence[LockEntry]
+    request: SweepRequest,
+    files: SweepFiles,
+    config: Config,
+    pinned: Sequence[PinnedPolicy] | None,
+    others: Sequence[LockEntry],
 ) -> SweepState:
     """The state to go on from, a new one with all rungs, rated where the order wants it."""
     state = read_state(request.folder)
     if state is not None:
         check_same(request, state)
         ladder.locked_rungs(request.folder, state.rungs)
-        _take_over(request, state)
+        _take_over(request, files, state)
         log.info("%s continues: stage %d, attempt %d", request.folder, state.stage, state.attempt)
     elif pinned is None:
         raise RunError(f"{request.folder} lost its state while it was opened; start again")
     else:
         ladder.begin_lock(request.folder, pinned, others)
         state = SweepState(request=request_record(request), rungs=[ladder.as_rung(one) for one in pinned])
-        write_state(request.folder, state)
+        files.write(state)
     is_rated = len(state.rungs) < 2 or all(rung.rating is not None for rung in state.rungs)
     if request.settings.order == "weakest_first" and not is_rated:
         log.info("rating %d NPCs: %d episodes a pair", len(state.rungs), request.settings.rating_episodes)
@@ -112,12 +115,12 @@ def _open_state(
             seed=gates.rating_seed(config.seed),
             device=gates.gate_device(config),
         )
-        write_state(request.folder, state)
+        files.write(state)
         log.info("weakest first: %s", ", ".join(f"{rung.name} {rung.rating:+.0f}" for rung in state.rungs))
     return state
 
 
-def _take_over(request: SweepRequest, state: SweepState) -> None:
+def _take_over(request: SweepRequest, files: SweepFiles, state: SweepState) -> None:
     """Brings settings that may be others by now into the state; a sweep that they would not have stopped goes on.
 
     Raises:
@@ -130,17 +133,17 @@ def _take_over(request: SweepRequest, state: SweepState) -> None:
     if gate is not None:
         _go_on(request, state, gate)
     state.request["sweeper"] = sweeper
-    write_state(request.folder, state)
+    files.write(state)
 
 
-def _run_attempt(request: SweepRequest, state: SweepState) -> None:
+def _run_attempt(request: SweepRequest, files: SweepFiles, state: SweepState) -> None:
     """Brings every job of the attempt to an end; jobs that have one are not launched.
 
     Raises:
         DualPolicyError: none of them finished.
     """
-    jobs = _plan_jobs(request, state)
-    _collect(request, state, jobs)
+    jobs = _plan_jobs(request, files, state)
+    _collect(request, files, state, jobs)
     if not any(job.status == "finished" for job in jobs):
         for job in jobs:
             job.status = "planned"  # all failed: what was wrong is mended by now, or they fail again
@@ -151,13 +154,13 @@ def _run_attempt(request: SweepRequest, state: SweepState) -> None:
             check_unlocked(request.folder / str(job.num))  # a launcher's jobs may outlive a sweeper that was killed
     for batch in split_batches(planned, request.settings.max_batch_size):
         error = launch_batch(request, batch)
-        _collect(request, state, batch, error)
+        _collect(request, files, state, batch, error)
         trouble = trouble or error
     if not any(job.status == "finished" for job in jobs):
         raise trouble or RunError(f"no job of {request.folder} left a result, and none says why; see its logs")
 
 
-def _plan_jobs(request: SweepRequest, state: SweepState) -> list[Job]:
+def _plan_jobs(request: SweepRequest, files: SweepFiles, state: SweepState) -> list[Job]:
     """The jobs of the attempt, which the state knows before the first of them starts."""
     stage, attempt = state.stage, state.attempt
     planned = [job for job in state.of_stage(stage) if job.attempt == attempt]
@@ -185,7 +188,7 @@ def _plan_jobs(request: SweepRequest, state: SweepState) -> list[Job]:
         for i, overrides in enumerate(request.grid)
     ]
     state.jobs += jobs
-    write_state(request.folder, state)
+    files.write(state)
     log.info(
         "stage %d of %d, attempt %d, against %s: %d job%s from number %d on",
         stage, count_stages(request, len(state.rungs)), attempt, rung.name, len(jobs), "s" * (len(jobs) > 1),
@@ -194,7 +197,13 @@ def _plan_jobs(request: SweepRequest, state: SweepState) -> list[Job]:
     return jobs
 
 
-def _collect(request: SweepRequest, state: SweepState, jobs: Sequence[Job], trouble: Exception | None = None) -> None:
+def _collect(
+    request: SweepRequest,
+    files: SweepFiles,
+    state: SweepState,
+    jobs: Sequence[Job],
+    trouble: Exception | None = None,
+) -> None:
     """Takes what the jobs left in their folders into the state; with `trouble` those without a result have failed."""
     changed = False
     for job in jobs:
@@ -208,38 +217,13 @@ def _collect(request: SweepRequest, state: SweepState, jobs: Sequence[Job], trou
             job.status, changed = "failed", True
             continue
         changed = True
-        _take_result(request.folder, job, result)
+        take_result(request.folder, job, result)
         log.info("job %d finished: objective %s after %d learner steps", job.num, _shown(job), job.agent_step)
     if changed:
-        write_state(request.folder, state)
+        files.write(state)
 
 
-def _take_result(folder: Path, job: Job, result: Any) -> None:
-    """Writes down what a job's result.json says, and the digest of the policy that it names.
-
-    Raises:
-        RunError: it is not as a run writes it, or the policy is gone.
-    """
-    try:
-        job.checkpoint = f"{job.num}/{result['checkpoint']}"
-        job.objective, job.agent_step = result["objective"], result["agent_step"]
-        job.elapsed_s = result["elapsed_s"]
-    except (KeyError, TypeError) as error:
-        raise RunError(
-            f"{folder / str(job.num)}/result.json is not as a run writes it ({error}); remove it, and the same command "
-            "runs the job again"
-        ) from error
-    try:
-        job.sha256 = file_digest(folder / job.checkpoint)
-    except OSError as error:
-        raise RunError(
-            f"{folder / job.checkpoint}, which job {job.num} ended with, cannot be read: "
-            f"{error.strerror or type(error).__name__}; bring it back, or use another run= name"
-        ) from error
-    job.status = "finished"
-
-
-def _pass_gate(request: SweepRequest, state: SweepState, seed: int) -> None:
+def _pass_gate(request: SweepRequest, files: SweepFiles, state: SweepState, seed: int) -> None:
     """Evaluates the stage's best policy and writes down what follows, in one publication."""
     settings, stage = request.settings, state.stage
     best = best_of_visit(state)
@@ -269,7 +253,7 @@ def _pass_gate(request: SweepRequest, state: SweepState, seed: int) -> None:
         )
     )
     _go_on(request, state, state.gates[-1])
-    write_state(request.folder, state)
+    files.write(state)
 
 
 def _go_on(request: SweepRequest, state: SweepState, gate: Gate) -> None:

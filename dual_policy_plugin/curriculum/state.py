@@ -141,13 +141,19 @@ def read_state(folder: Path) -> SweepState | None:
     Raises:
         RunError: the file cannot be read, or is not as `write_state` writes it.
     """
-    path = folder / STATE_NAME
-    value = read_json(path)
-    if value is None:
-        return None
+    value = read_json(folder / STATE_NAME)
+    return None if value is None else parse_state(value, str(folder / STATE_NAME))
+
+
+def parse_state(value: Any, where: str) -> SweepState:
+    """The state that the JSON of `where` says.
+
+    Raises:
+        RunError: it is not as `write_state` writes it.
+    """
     mend = "restore it, or use another run= name"
     if not isinstance(value, dict) or value.get("version") != STATE_VERSION:
-        raise RunError(f"{path} is no state of version {STATE_VERSION}, which this package reads; {mend}")
+        raise RunError(f"{where} is no state of version {STATE_VERSION}, which this package reads; {mend}")
     try:
         gates = [_read(Gate, {**one, "forgotten": _read_all(EarlierRung, one["forgotten"])}) for one in value["gates"]]
         policy = value["policy"]
@@ -158,7 +164,7 @@ def read_state(folder: Path) -> SweepState | None:
             | {"policy": None if policy is None else _read(ChosenPolicy, policy)},
         )
     except (KeyError, TypeError, AttributeError, DualPolicyError) as error:
-        raise RunError(f"{path} is not as a curriculum sweep writes it ({error}); {mend}") from error
+        raise RunError(f"{where} is not as a curriculum sweep writes it ({error}); {mend}") from error
 
 
 def _read_all(cls: type[T], values: list[dict[str, Any]]) -> list[T]:

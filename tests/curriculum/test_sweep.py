@@ -14,7 +14,7 @@ import pytest
 
 from dual_policy_plugin import train as train_module
 from dual_policy_plugin.cli import main
-from dual_policy_plugin.curriculum import batches, gates, stages
+from dual_policy_plugin.curriculum import batches, gates, stages, sweep_files
 from dual_policy_plugin.errors import RunError
 from dual_policy_plugin.npc.lock import read_lock
 from dual_policy_plugin.run_lock import check_unlocked, lock_run, unlock_run
@@ -90,10 +90,10 @@ def unkilled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 # before which call: of 10 states (begun; planned, finished, decided, three times), 3 gates and 3 results of jobs
-KILLS = [(stages, "write_state", number) for number in (1, 2, 3, 4, 6, 7, 10)]
+KILLS = [(sweep_files, "write_state", number) for number in (1, 2, 3, 4, 6, 7, 10)]
 KILLS += [(gates, "evaluate_pinned", number) for number in (1, 2, 3)]
 KILLS += [(train_module, "run_result", number) for number in (1, 2, 3)]
-FAST = [(stages, "write_state", 3)]
+FAST = [(sweep_files, "write_state", 3)]
 
 
 @pytest.mark.parametrize(
