@@ -50,9 +50,17 @@ def compose_hydra_node(overrides: list[str], name: str) -> dict[str, Any]:
     Raises:
         ConfigError: the overrides do not compose.
     """
-    cfg = _compose(overrides, CONFIG_DIR, PRIMARY_CONFIG, with_hydra=True)
-    plain: Any = OmegaConf.to_container(cfg["hydra"][name], resolve=True)
+    plain: Any = OmegaConf.to_container(compose_whole(overrides)["hydra"][name], resolve=True)
     return dict(plain)
+
+
+def compose_whole(overrides: list[str]) -> DictConfig:
+    """Our app's config with `overrides`, and with Hydra's own under `hydra`.
+
+    Raises:
+        ConfigError: the overrides do not compose.
+    """
+    return _compose(overrides, CONFIG_DIR, PRIMARY_CONFIG, with_hydra=True)
 
 
 def _compose(overrides: list[str], folder: Path, primary: str, *, with_hydra: bool = False) -> DictConfig:

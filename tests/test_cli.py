@@ -238,15 +238,27 @@ def test_an_app_that_lists_the_group_itself(capsys: pytest.CaptureFixture[str]) 
 # Sweeps, folders, environment
 
 
-def test_flags_may_stand_anywhere_and_every_failing_job_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "run=x", "-m", "trainer.horizon=a,0"]) == 2
+def test_flags_may_stand_anywhere_and_a_bad_value_is_said_before_the_first_job(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", "run=x", "-m", "trainer.horizon=8,0"]) == 2
     captured = capsys.readouterr()
     assert [line for line in captured.err.splitlines() if line.startswith("error")] == [
-        "error: job 0 (run=x,trainer.horizon=a): trainer.horizon='a' is not possible; use a whole number",
-        "error: job 1 (run=x,trainer.horizon=0): trainer.horizon=0 is not possible; use a value from 1 to 4096",
+        "error: job 1 (trainer.horizon=0): trainer.horizon=0 is not possible; use a value from 1 to 4096",
     ]
+    assert not Path("train_dir").exists()
+
+
+def test_every_job_that_fails_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    for num in (0, 1):
+        write(f"train_dir/x/{num}/checkpoints", "taken")
+    assert main(["train", "-m", "run=x", "seed=1,2", "trainer.threads=1"]) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("error")]
+    assert len(lines) == 2
+    for num, line in enumerate(lines):
+        assert line.startswith(f"error: job {num} (run=x,seed={num + 1},trainer.threads=1): train_dir/x/{num}")
     assert "Error executing job" not in captured.err + captured.out
-    assert sorted(path.name for path in Path("train_dir/x").iterdir()) == ["multirun.yaml"]
 
 
 def test_a_numeric_name_of_a_run_stays_as_typed(capsys: pytest.CaptureFixture[str]) -> None:

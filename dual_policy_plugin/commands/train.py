@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from dual_policy_plugin.config import Config
 
+_SWEEP_FLAGS = {"-m", "--multirun"}
 _MANY_JOBS = 50  # to compose them takes seconds, a tenth of one for each
 
 
@@ -40,6 +41,7 @@ def run(words: list[str]) -> int:
     import hydra
     from hydra._internal.utils import get_args_parser
 
+    from dual_policy_plugin.commands.grid import check_grid
     from dual_policy_plugin.composition_mends import mend
     from dual_policy_plugin.overrides import CONFIG_DIR, PRIMARY_CONFIG, count_jobs
     from dual_policy_plugin.slurm.errors import explain
@@ -61,6 +63,8 @@ def run(words: list[str]) -> int:
     app = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=PRIMARY_CONFIG)(_train_job)
     try:
         with _as_hydra_program([*flags, *overrides]), _watched_jobs():
+            if flags and set(flags) <= _SWEEP_FLAGS:
+                check_grid(overrides)
             app()
     except DualPolicyError:
         raise

@@ -150,7 +150,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ),
         (["trainer.sync_uri=gs://b/x"], "job 0: trainer.sync_uri=gs://b/x is not possible"),
         (["hydra.launcher.sync_uri=gs://b/x"], "hydra.launcher.sync_uri=gs://b/x is not possible"),
-        (["trainer.gamma=0.9,1.5"], "job 1: trainer.gamma=1.5 is not possible"),
+        (["trainer.gamma=0.9,1.5"], "job 1 (trainer.gamma=1.5): trainer.gamma=1.5 is not possible"),
         (["env.episode_steps=16,0"], "job 1: env.episode_steps=0 is not possible"),
         (["trainer.dual_policy.checkpoint_npc.uri=builtin://arena/weak,builtin://arena/x"], "job 1: "),
         (["hydra.launcher.mode=cluster"], "hydra.launcher.mode=cluster needs a name"),
