@@ -54,8 +54,7 @@ def check_grid(overrides: Sequence[str], *, has_params: bool = False) -> None:
     if not all(one.is_discrete_sweep() and not isinstance(one.value(), Glob) for one in swept):
         return None
     jobs = list(itertools.product(*(_choices(one) for one in swept)))
-    fixed = [str(one.input_line) for one in parsed if not one.is_sweep_override()]
-    first = compose_whole([*fixed, *jobs[0]])
+    first = compose_whole(_of_job(parsed, jobs[0]))
     if first.hydra.runtime.choices["hydra/sweeper"] != "basic":
         return None
     if (params := first.hydra.sweeper.params) and not has_params:
@@ -69,7 +68,7 @@ def check_grid(overrides: Sequence[str], *, has_params: bool = False) -> None:
     for num, words in enumerate(jobs):
         files = _where_not(is_plain, words)
         if files not in composed:
-            composed[files] = compose_whole([*fixed, *words])
+            composed[files] = compose_whole(_of_job(parsed, words))
         with _named(num, words):
             config = _load(composed[files], list(itertools.compress(words, is_plain)))
             if is_here:  # another launcher's machines may see other files
@@ -80,6 +79,12 @@ def check_grid(overrides: Sequence[str], *, has_params: bool = False) -> None:
 def _choices(override: Override) -> list[str]:
     """A swept override as one word for each of its values."""
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+
+
+def _of_job(parsed: Sequence[Override], words: Words) -> list[str]:
+    """The overrides of a job, in the order in which they were written, which decides between files."""
+    chosen = iter(words)
+    return [next(chosen) if one.is_sweep_override() else str(one.input_line) for one in parsed]
 
 
 def _is_plain(override: Override, cfg: DictConfig) -> bool:
