@@ -89,6 +89,7 @@ def evaluate_pinned(
     seed: int,
     device: torch.device,
     watch: Callable[[VecEnv], VecEnv] | None = None,
+    is_greedy: bool = False,
 ) -> list[MatchResult]:
     """Plays a pinned policy, on the learner's seats of the config, against each opponent.
 
@@ -100,6 +101,7 @@ def evaluate_pinned(
         seed: of the episodes and of all draws; equal seeds are equal games.
         device: where they act.
         watch: what to play on in place of the envs that were made: an env around them that notes what happens.
+        is_greedy: the opponents take their most likely action instead of drawing one.
 
     Raises:
         DualPolicyError: a policy cannot be had, or does not fit the env; or the seats cannot be split so.
@@ -111,9 +113,10 @@ def evaluate_pinned(
             f"trainer.dual_policy.training_agents_pct={dual.training_agents_pct} leaves no seat to an opponent; "
             "use a share below 1, for example 0.5"
         )
-    npcs = load_pinned([policy, *opponents], spec, config, device)
+    first, *npcs = load_pinned([policy, *opponents], spec, config, device)
     seatings = seatings_of(split, spec)
-    return _play_against(npcs, seatings, config, episodes=episodes, seed=seed, device=device, watch=watch)
+    players = [first, *(replace(npc, is_greedy=is_greedy) for npc in npcs)]
+    return _play_against(players, seatings, config, episodes=episodes, seed=seed, device=device, watch=watch)
 
 
 def cross_play(

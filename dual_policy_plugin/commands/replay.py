@@ -60,11 +60,17 @@ def run(words: list[str]) -> int:
     if taken:
         _say(f"from {run_path}/config.yaml: {' '.join(taken)}")
     check_recordable(config, args.episodes)
-    npc = _npc(args.npc, run_path)
+    npc, is_greedy = _npc(args.npc, run_path)
     set_threads(config)
     seed = config.seed if args.seed is None else args.seed
     recording, result = record(
-        policy, npc, config, episodes=args.episodes, seed=seed, device=choose_device(config.device)
+        policy,
+        npc,
+        config,
+        episodes=args.episodes,
+        seed=seed,
+        device=choose_device(config.device),
+        is_greedy=is_greedy,
     )
     publish(out, write_page(recording))
     written = [out]
@@ -85,19 +91,20 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def _npc(uri: str | None, run_path: Path | None) -> PinnedPolicy:
-    """Whom --npc names; without it the first NPC of the policy's run."""
+def _npc(uri: str | None, run_path: Path | None) -> tuple[PinnedPolicy, bool]:
+    """Whom --npc names; without it the first NPC of the policy's run. And whether it acts greedily."""
     from dual_policy_plugin.npc.resolver import resolve
     from dual_policy_plugin.replay.from_run import first_npc
 
     if uri is not None:
         with contextlib.redirect_stdout(sys.stderr):
-            return resolve(uri)
+            return resolve(uri), False
     if run_path is None:
         raise ConfigError("--npc is missing; name whom to play against, for example --npc builtin://arena/medium")
-    npc, count = first_npc(run_path)
-    _say(f"against {npc.uri}, {'the NPC' if count == 1 else f'the first of {count} NPCs'} of {run_path}")
-    return npc
+    npc, is_greedy, count = first_npc(run_path)
+    which = "the NPC" if count == 1 else f"the first of {count} NPCs"
+    _say(f"against {npc.uri}, {which} of {run_path}{', which acts greedily' if is_greedy else ''}")
+    return npc, is_greedy
 
 
 def _say(line: str) -> None:

@@ -19,6 +19,8 @@ from dual_policy_plugin.policies.npcs import LOCK_NAME
 from dual_policy_plugin.replay.record import MAKE_FRAMES
 
 CONFIG_NAME = "config.yaml"
+_URI_KEYS = ("uri", "checkpoint_path", "policy_uri")
+"""The spellings of an NPC's name."""
 
 
 def run_of(policy: PinnedPolicy) -> Path | None:
@@ -35,10 +37,7 @@ def run_words(run: Path, overrides: Sequence[str]) -> list[str]:
     Raises:
         RunError: its config.yaml cannot be read.
     """
-    try:
-        loaded = OmegaConf.to_container(OmegaConf.load(run / CONFIG_NAME), resolve=False)
-    except (OSError, yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise RunError(f"{run / CONFIG_NAME} cannot be read ({type(error).__name__}); restore it") from error
+    loaded = _read_config(run)
     env, dual = _node(loaded, "env"), _node(_node(loaded, "trainer"), "dual_policy")
     values: dict[str, Any] = {}
     name = env.pop("name", "arena")
@@ -61,11 +60,12 @@ def run_words(run: Path, overrides: Sequence[str]) -> list[str]:
     ]
 
 
-def first_npc(run: Path) -> tuple[PinnedPolicy, int]:
-    """The first NPC of a run, as its lock pins it, and how many there are.
+def first_npc(run: Path) -> tuple[PinnedPolicy, bool, int]:
+    """The first NPC of a run as its lock pins it, whether it acts greedily there, and how many there are.
 
     Raises:
         ConfigError: the run has no NPC; names the mend.
+        RunError: its config.yaml cannot be read.
         NpcError: the lock cannot be read, or other bytes stand there now.
     """
     path = run / LOCK_NAME
@@ -75,7 +75,18 @@ def first_npc(run: Path) -> tuple[PinnedPolicy, int]:
         raise ConfigError(
             f"{run} has locked no NPC; name whom to play against with --npc, for example the policy itself, --npc {run}"
         )
-    return pin_locked(lock, npcs[0].requested)[0], len(npcs)
+    dual = _node(_node(_read_config(run), "trainer"), "dual_policy")
+    source, pool = _node(dual, "checkpoint_npc"), dual.get("pool")
+    if not any(source.get(name) for name in _URI_KEYS) and isinstance(pool, list):
+        source = pool[0] if pool and isinstance(pool[0], dict) else {}
+    return pin_locked(lock, npcs[0].requested)[0], source.get("act") == "greedy", len(npcs)
+
+
+def _read_config(run: Path) -> Any:
+    try:
+        return OmegaConf.to_container(OmegaConf.load(run / CONFIG_NAME), resolve=False)
+    except (OSError, yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise RunError(f"{run / CONFIG_NAME} cannot be read ({type(error).__name__}); restore it") from error
 
 
 def _node(node: Any, name: str) -> dict[str, Any]:

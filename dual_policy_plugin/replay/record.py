@@ -81,6 +81,7 @@ def record(
     episodes: int,
     seed: int,
     device: torch.device,
+    is_greedy: bool = False,
 ) -> tuple[Recording, MatchResult]:
     """The first games of an evaluation (see `evaluate_pinned`) of the policy against the NPC.
 
@@ -91,6 +92,7 @@ def record(
         episodes: at least 1.
         seed: of a run whose evaluation begins with these games.
         device: where they act.
+        is_greedy: the NPC takes its most likely action instead of drawing one.
 
     Returns:
         The games, and the record of all that were played for them (one more, where an odd number is asked for).
@@ -107,7 +109,14 @@ def record(
         return logs[0]
 
     (result,) = evaluate_pinned(
-        policy, [npc], config, episodes=episodes, seed=seed + SEED_OFFSET, device=device, watch=watch
+        policy,
+        [npc],
+        config,
+        episodes=episodes,
+        seed=seed + SEED_OFFSET,
+        device=device,
+        watch=watch,
+        is_greedy=is_greedy,
     )
     args = {key: value for key, value in config.env.args.items() if value is not None}
     recorded = []

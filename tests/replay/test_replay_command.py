@@ -109,6 +109,31 @@ def test_a_run_is_replayed_as_its_own_evaluation_played_it(capsys: pytest.Captur
     assert re.fullmatch(r"error: \S+/config.yaml cannot be read \(\w+\); restore it\n", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("where", ["checkpoint_npc", "pool"])
+def test_a_greedy_npc_is_replayed_greedily(where: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its evaluation's games again; drawn actions would have ended otherwise."""
+    dual = "trainer.dual_policy"
+    npc = {
+        "checkpoint_npc": [f"{dual}.checkpoint_npc.uri={MEDIUM}", f"{dual}.checkpoint_npc.act=greedy"],
+        "pool": [f"{dual}.pool=[{{uri: {MEDIUM}, act: greedy}}]"],
+    }
+    assert main(
+        ["train", "run=tiny", "+dual_policy=checkpoint", *npc[where], *SMALL, "trainer.total_timesteps=256",
+         "trainer.horizon=8", "evals.episodes=6", "env.num_envs=8", "agent.hidden_size=16", "seed=7"]
+    ) == 0  # fmt: skip
+    capsys.readouterr()
+    run = Path("train_dir/tiny").resolve()
+    told = json.loads((run / "result.json").read_text())["evals"][0]
+    ends = []
+    for more in ([], ["--npc", MEDIUM]):
+        assert main(["replay", "train_dir/tiny", "--episodes=6", *more]) == 0
+        said = capsys.readouterr().err
+        assert (f" of {run}, which acts greedily\n" in said) == (not more)
+        ends.append(np.mean(means_of(read_page(run / "replay.html")), axis=0).tolist())
+    assert ends[0] == pytest.approx([told["learner_return"], told["opponent_return"]])
+    assert ends[1] != pytest.approx(ends[0])
+
+
 @pytest.mark.slow
 def test_mettagrid_by_the_command_and_a_policy_of_another_env(capsys: pytest.CaptureFixture[str]) -> None:
     policies = random_policies(config_of(*METTAGRID), Path())
