@@ -41,7 +41,6 @@ def run(words: list[str]) -> int:
     import hydra
     from hydra._internal.utils import get_args_parser
 
-    from dual_policy_plugin.commands.grid import check_grid
     from dual_policy_plugin.composition_mends import mend
     from dual_policy_plugin.overrides import CONFIG_DIR, PRIMARY_CONFIG, count_jobs
     from dual_policy_plugin.slurm.errors import explain
@@ -64,6 +63,8 @@ def run(words: list[str]) -> int:
     try:
         with _as_hydra_program([*flags, *overrides]), _watched_jobs():
             if flags and set(flags) <= _SWEEP_FLAGS:
+                from dual_policy_plugin.commands.grid import check_grid  # takes torch, which --help and --cfg do not
+
                 check_grid(overrides)
             app()
     except DualPolicyError:
