@@ -149,14 +149,14 @@ def request_record(request: SweepRequest) -> dict[str, Any]:
     return {"sweeper": sweeper, "overrides": list(request.overrides), "config": config}
 
 
-def check_same(request: SweepRequest, state: SweepState) -> None:
-    """Raises a RunError where the sweep was begun by another request."""
+def check_same(request: SweepRequest, state: SweepState, where: str) -> None:
+    """Raises a RunError where the sweep that stands at `where` was begun by another request."""
     path = request.folder / STATE_NAME
     old, new = (encode_json(_comparable(one)) for one in (state.request, request_record(request)))
     changes = diff_configs(old, new, path)
     if changes:
         raise RunError(
-            f"{request.folder} was made by another sweep: {show_diff(changes)}; "
+            f"{where} was made by another sweep: {show_diff(changes)}; "
             "use another run= name, or the old values to continue it"
         )
 

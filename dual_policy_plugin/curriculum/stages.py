@@ -71,7 +71,7 @@ def run_sweep(request: SweepRequest) -> SweepState:
         while state.status == "running":
             _run_attempt(request, files, state)
             _pass_gate(request, files, state, config.seed)
-        files.finish()
+        files.finish(state)
     if config.report:
         log.info(write_own_report(request.folder, ladder=asdict(state)))
     _report_end(request, state)
@@ -93,7 +93,7 @@ def _open_state(
     """The state to go on from, a new one with all rungs, rated where the order wants it."""
     state = read_state(request.folder)
     if state is not None:
-        check_same(request, state)
+        check_same(request, state, str(request.folder))
         ladder.locked_rungs(request.folder, state.rungs)
         _take_over(request, files, state)
         log.info("%s continues: stage %d, attempt %d", request.folder, state.stage, state.attempt)

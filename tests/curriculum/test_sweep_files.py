@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from dual_policy_plugin import run_mirror
 from dual_policy_plugin import train as train_module
 from dual_policy_plugin.cli import main
-from dual_policy_plugin.curriculum import gates, sweep_files
+from dual_policy_plugin.curriculum import gates, stages, sweep_files
 from dual_policy_plugin.errors import StorageError
 from dual_policy_plugin.mirror import lease as lease_module
+from dual_policy_plugin.mirror import transfer
 from dual_policy_plugin.mirror.folder_place import FolderPlace
 from dual_policy_plugin.mirror.places import OWNER_NAME
 from dual_policy_plugin.run_mirror import open_place
@@ -160,6 +162,10 @@ def test_what_does_not_fit_is_one_line_and_changes_nothing(
 
     # the same name, another sweep
     shutil.rmtree(folder)
+    line = error_line(capsys, [*words, "seed=9"])
+    assert f"{mirrored} was made by another sweep: " in line
+    assert "overrides.seed: null -> " in line
+    assert not folder.exists()
     main(sweep_words(folder, f"[{RANDOM}]", "seed=9", *ONE_STAGE))
     assert f"curriculum.json and {folder}/s/curriculum.json are of two sweeps" in error_line(capsys, words)
     shutil.rmtree(folder / "s")
@@ -193,3 +199,62 @@ def test_what_does_not_fit_is_one_line_and_changes_nothing(
     assert main(words) == 1
     assert (folder / "s/curriculum.json").read_bytes() == whole
     assert (folder / "s/0/result.json").exists()
+
+
+def test_a_job_that_could_not_be_sent_goes_with_the_sweep_before_its_state_says_that_it_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, place = shared_folder(tmp_path)
+    words = words_for(folder, place, *ONE_STAGE, ladder=f"[{RANDOM}]")
+    real, is_away, order = FolderPlace.put, [True], []
+
+    def put(self: FolderPlace, name: str, data: bytes, guard: Any) -> bool:
+        of_job, state = self.where.endswith("/s/0/"), name == "curriculum.json"
+        if state and b'"finished"' in data:
+            order.append("state")
+        if of_job and name == "result.json":
+            order.append("result")
+        if of_job and is_away[0] and name != "mirror/files.json" and "0000" not in name:
+            raise StorageError(f"{self.where}{name} could not be written: away")
+        return real(self, name, data, guard)
+
+    def back(*args: Any) -> Any:
+        is_away.clear()
+        is_away.append(False)
+        return take(*args)
+
+    take = stages.take_result
+    monkeypatch.setattr(stages, "take_result", back)
+    monkeypatch.setattr(FolderPlace, "put", put)
+    monkeypatch.setattr(run_mirror, "_LAST_TRIES", 1)
+    monkeypatch.setattr(lease_module, "LEASE_S", 0.5)  # the job has not given its mirror back
+    assert main(words) == 1
+    assert order[:2] == ["result", "state"]
+    names = ("result.json", state_of(folder)["jobs"][0]["checkpoint"].removeprefix("0/"), "state/training.safetensors")
+    whole = [(folder / "s/0" / name).read_bytes() for name in names]
+    shutil.rmtree(folder)
+    assert main(words) == 1
+    assert [(folder / "s/0" / name).read_bytes() for name in names] == whole
+
+
+def test_a_job_that_came_back_in_part_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, place = shared_folder(tmp_path)
+    words = words_for(folder, place, *ONE_STAGE, ladder=f"[{RANDOM}]")
+    assert main(words) == 1
+    whole = sorted(path.name for path in (folder / "s/0").rglob("*"))
+    shutil.rmtree(folder)
+    real = transfer._publish
+
+    def publish(path: Path, data: bytes | None) -> None:
+        if path.name == "result.json":
+            raise Killed
+        real(path, data)
+
+    monkeypatch.setattr(transfer, "_publish", publish)
+    with pytest.raises(Killed):
+        main(words)
+    assert len(list((folder / "s/0/checkpoints").iterdir())) > 1
+    monkeypatch.setattr(transfer, "_publish", real)
+    assert main(words) == 1
+    fetched = sorted(path.name for path in (folder / "s/0").rglob("*"))
+    assert fetched == whole

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -199,9 +200,17 @@ def test_online_without_an_answer_is_one_line_with_the_cause(
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
         monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
         monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "1")
+        monkeypatch.delenv("WANDB_SILENT")  # as users have it
         cause = rf"127\.0\.0\.1:{port}/graphql giving up after 2 .*({why}).*"
         with pytest.raises(ConfigError, match=rf"wandb\.mode=online could not start: .*{cause}; see that"):
             WandbLogger.open(WandbConfig(mode="online"), run, name="exp", run_config={})
+        server.setblocking(False)
+        asked = 0
+        with contextlib.suppress(OSError):
+            while True:
+                server.accept()[0].close()
+                asked += 1
+        assert asked == 2 * is_listening  # one request, twice: the client waits for no other
 
 
 # ---- W&B's own variables ----

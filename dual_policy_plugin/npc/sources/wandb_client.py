@@ -28,6 +28,7 @@ _DEFAULTS: dict[str, float] = {_RETRIES: 1, _TIMEOUT: ATTEMPT_S, _SHORTEST_WAIT:
 def open_client(attempt_s: int = ATTEMPT_S) -> wandb.Api | None:
     """A `wandb.Api` whose login W&B has taken; None where no login is found. Asks nothing at a terminal.
 
+    Of logins only keys are tried here: an identity token is tried with the first request.
     What the user's own WANDB variables say about retries and timeouts stays, and the client waits for as long as that
     can take. Runs that are opened later have the client's own retries.
 
@@ -42,10 +43,11 @@ def open_client(attempt_s: int = ATTEMPT_S) -> wandb.Api | None:
 
     quiet_logs()
     settings = wandb.setup().settings
-    before = {key: getattr(settings, key) for key in _DEFAULTS}
+    before = {key: getattr(settings, key) for key in (*_DEFAULTS, "silent")}
     bounds = {key: before[key] or value for key, value in {**_DEFAULTS, _TIMEOUT: attempt_s}.items()}
     waits_s = bounds[_RETRIES] * max(bounds[_SHORTEST_WAIT], bounds[_LONGEST_WAIT])
-    for key, value in bounds.items():
+    # not silent, login would ask the server for the user's name, and wait 5 s for it whatever the service does
+    for key, value in {**bounds, "silent": True}.items():
         setattr(settings, key, value)
     try:
         # without a login Api() would ask at a terminal
