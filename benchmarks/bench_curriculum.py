@@ -27,13 +27,13 @@ from typing import Any
 import torch
 
 from benchmarks.report_table import command, commit, machine
-from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.curriculum.state import read_state
 from dual_policy_plugin.errors import DualPolicyError, RunError
 from dual_policy_plugin.evaluate import SEED_OFFSET, evaluate_pinned
 from dual_policy_plugin.files import read_json
+from dual_policy_plugin.hydra_app.composition import compose_config
+from dual_policy_plugin.hydra_app.overrides import text_override
 from dual_policy_plugin.npc.resolver import resolve
-from dual_policy_plugin.overrides import text_override
 
 LADDER = ("weak", "medium", "strong")
 ARMS = {

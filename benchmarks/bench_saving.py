@@ -32,9 +32,9 @@ import torch
 
 import dual_policy_plugin.train as program
 from benchmarks.measure import wrapped
-from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.envs.arena import make_arena
 from dual_policy_plugin.files import read_lines
+from dual_policy_plugin.hydra_app.composition import compose_config
 from dual_policy_plugin.policies.build import build_policy
 from dual_policy_plugin.report.run_log import RunLog
 from dual_policy_plugin.run_state import STATE_NAME

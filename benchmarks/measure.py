@@ -18,9 +18,9 @@ from benchmarks.floor import Job, Rates, floor_s, row_step_flops
 from benchmarks.memory_use import PeakMemory, tensors_of
 from benchmarks.schemes import LEARNING_RATE, SCHEMES, SETTINGS, Cell, Scheme
 from dual_policy_plugin.cuda_graph import WARM_UPS
-from dual_policy_plugin.distributed import Ranks
 from dual_policy_plugin.learning.ppo import prepare_targets
 from dual_policy_plugin.policies.pool import TILE
+from dual_policy_plugin.ranks.distributed import Ranks
 
 PARTS = ("env", "learner_forward", "npc_forward", "stores", "advantage", "update")
 Row = dict[str, Any]

@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from benchmarks.baselines import Cast, MaskedBoth, PolicyLoop
-from dual_policy_plugin.distributed import Ranks
 from dual_policy_plugin.envs.arena import make_arena
 from dual_policy_plugin.experience import Experience, allocate_experience
 from dual_policy_plugin.learning.ppo import PpoSettings, PpoUpdate
 from dual_policy_plugin.policies.build import build_policy, compute_dtype
 from dual_policy_plugin.policies.pool import Npc, NpcPool
+from dual_policy_plugin.ranks.distributed import Ranks
 from dual_policy_plugin.rollout.assignment import Assignment, assign
 from dual_policy_plugin.rollout.captured import CapturedPlay, Play, choose_play
 from dual_policy_plugin.rollout.collector import collect_rollout, start_rollouts

@@ -26,10 +26,10 @@ from dual_policy_plugin.config import (
     TrainerConfig,
     WandbConfig,
 )
-from dual_policy_plugin.config_dual_policy import OLDER_SPELLINGS
 from dual_policy_plugin.curriculum.config import CurriculumConfig
 from dual_policy_plugin.envs.arena_config import ArenaConfig
 from dual_policy_plugin.envs.mettagrid import MettagridConfig
+from dual_policy_plugin.hydra_app.dual_policy_node import OLDER_SPELLINGS
 from dual_policy_plugin.launch.sky_settings import SkyLauncherConfig
 from dual_policy_plugin.pool_config import MatchmakingConfig, SelfPlayConfig, ShareSchedule
 

@@ -18,7 +18,7 @@ SkyPilot, the operating system) are passed on as `<error>`, `<reason>`, `<says>`
 """
 SECTIONS: dict[str, tuple[str, ...]] = {
     "The command line and the config": (
-        "cli", "commands.", "composition", "config", "pool_config", "share_schedule", "interpolation", "matchmaking",
+        "cli", "commands.", "hydra_app.", "config", "pool_config", "share_schedule", "matchmaking",
         "policies.build", "policies.nets", "envs.arena_config",
     ),
     "NPCs: naming and finding them": ("npc.", "roster"),
@@ -28,8 +28,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     ),
     "The env": ("envs.", "rollout.", "seating"),
     "The run directory, stopping and continuing": (
-        "files", "run_directory", "run_lock", "run_state", "run_mirror", "mirror.", "continuation", "stop_signals",
-        "config_diff", "report.", "train", "rng", "experience",
+        "files", "run.", "run_state", "mirror.", "continuation", "stop_signals",
+        "report.", "train", "rng", "experience",
     ),
     "Memory, devices, the GPU": ("memory", "devices", "cuda_graph", "kernels.", "learning."),
     "Evaluation, gates, replay, report": (
@@ -37,7 +37,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "commands.replay",
     ),
     "Curricula": ("curriculum.", "commands.curriculum"),
-    "Several ranks": ("distributed", "rank_watch", "rank_variables", "heartbeat"),
+    "Several ranks": ("ranks.", "heartbeat"),
     "Slurm": ("slurm.", "launch.slurm_job"),
     "Launching, SkyPilot and `dual-policy watch`": ("launch.", "commands.launch", "commands.watch"),
     "In your own trainer": ("dual_policy", "foreign"),

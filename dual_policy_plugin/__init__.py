@@ -23,10 +23,10 @@ from dual_policy_plugin.errors import (
 )
 
 if TYPE_CHECKING:
-    from dual_policy_plugin.config_dual_policy import load_dual_policy
-    from dual_policy_plugin.config_loading import load_config
     from dual_policy_plugin.dual_policy import DualPolicy
     from dual_policy_plugin.foreign.spaces import save_policy
+    from dual_policy_plugin.hydra_app.dual_policy_node import load_dual_policy
+    from dual_policy_plugin.hydra_app.loading import load_config
     from dual_policy_plugin.policies.loading import load_policy_from_checkpoint
     from dual_policy_plugin.types import ObservationSpace
 
@@ -53,8 +53,8 @@ __all__ = [
 _LAZY = {
     "DualPolicy": "dual_policy_plugin.dual_policy",
     "ObservationSpace": "dual_policy_plugin.types",
-    "load_config": "dual_policy_plugin.config_loading",
-    "load_dual_policy": "dual_policy_plugin.config_dual_policy",
+    "load_config": "dual_policy_plugin.hydra_app.loading",
+    "load_dual_policy": "dual_policy_plugin.hydra_app.dual_policy_node",
     "load_policy_from_checkpoint": "dual_policy_plugin.policies.loading",
     "save_policy": "dual_policy_plugin.foreign.spaces",
 }

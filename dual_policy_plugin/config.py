@@ -1,6 +1,6 @@
 """The config of a run as frozen dataclasses: each field with its meaning and unit, each range checked where it stands.
 
-`load_config` (in `config_loading.py`) turns a composed Hydra config into a `Config`, once; below it there is no
+`load_config` (in `hydra_app/loading.py`) turns a composed Hydra config into a `Config`, once; below it there is no
 DictConfig. Fields that are null in the `dual_policy` node have their defaults filled in there.
 """
 

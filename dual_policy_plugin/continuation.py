@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from dual_policy_plugin.config import Config
-from dual_policy_plugin.distributed import Ranks, gather_tensors, share_text
 from dual_policy_plugin.errors import RunError
 from dual_policy_plugin.evaluation.matches import MatchResult
 from dual_policy_plugin.files import lines_backwards
@@ -22,8 +21,9 @@ from dual_policy_plugin.heartbeat import is_watched
 from dual_policy_plugin.npc.lock import check_held_out
 from dual_policy_plugin.parts import Parts
 from dual_policy_plugin.policies.npcs import recorded_npcs
-from dual_policy_plugin.run_directory import RunDirectory
-from dual_policy_plugin.run_mirror import RunMirror
+from dual_policy_plugin.ranks.distributed import Ranks, gather_tensors, share_text
+from dual_policy_plugin.run.directory import RunDirectory
+from dual_policy_plugin.run.mirror import RunMirror
 from dual_policy_plugin.run_state import (
     STATE_NAME,
     Counters,

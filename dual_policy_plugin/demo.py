@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.config import Config
 from dual_policy_plugin.devices import choose_device
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.evaluate import SEED_OFFSET, evaluate_pinned
 from dual_policy_plugin.files import publish
+from dual_policy_plugin.hydra_app.composition import compose_config
 from dual_policy_plugin.npc.resolver import resolve
 from dual_policy_plugin.replay.page import PAGE_NAME, write_page
 from dual_policy_plugin.replay.record import MAKE_FRAMES, record

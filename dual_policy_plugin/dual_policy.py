@@ -21,18 +21,18 @@ from torch import Tensor, nn
 from dual_policy_plugin import rng
 from dual_policy_plugin.config import Config, DualPolicyConfig, TrainerConfig
 from dual_policy_plugin.config_checks import check
-from dual_policy_plugin.config_dual_policy import DUAL_POLICY_KEY
 from dual_policy_plugin.devices import choose_device
-from dual_policy_plugin.distributed import Ranks
 from dual_policy_plugin.errors import EnvError, RunError
 from dual_policy_plugin.evaluate import assign_seats
 from dual_policy_plugin.foreign.arrays import Array, as_actions, as_table, fill_table, pick_seats, same_kind
 from dual_policy_plugin.foreign.opening import hold_to_lock, keep_lock, load_node, seat_npcs
 from dual_policy_plugin.foreign.spaces import action_names_of, as_space
+from dual_policy_plugin.hydra_app.dual_policy_node import DUAL_POLICY_KEY
 from dual_policy_plugin.players import pin_players
 from dual_policy_plugin.policies.build import compute_dtype, given_architectures
 from dual_policy_plugin.policies.npcs import LOCK_NAME, recorded_npcs
 from dual_policy_plugin.policies.pool import NpcPool
+from dual_policy_plugin.ranks.distributed import Ranks
 from dual_policy_plugin.rollout.assignment import Assignment
 from dual_policy_plugin.rollout.episode_metrics import EpisodeMetrics
 from dual_policy_plugin.roster import Roster

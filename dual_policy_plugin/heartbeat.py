@@ -3,7 +3,7 @@
 The variable DUAL_POLICY_HEARTBEAT names a file, set by whoever watches; without it nothing is written. Training and
 evaluation touch the file as they go on; its text is the run's age in seconds, over all restarts. Beside it, in
 `<file>.codes`, stand the exit codes of the ranks, which torchrun keeps to itself. While rank 0 evaluates the others
-wait, maybe watched on another machine; `rank_watch.py` hands its signs on to them.
+wait, maybe watched on another machine; `ranks/watch.py` hands its signs on to them.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from torch import nn
 
 from dual_policy_plugin.config import Config, TrainerConfig
 from dual_policy_plugin.devices import check_triton, use_kernels
-from dual_policy_plugin.distributed import Ranks
 from dual_policy_plugin.envs.build import env_bytes, make_env
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.evaluate import assign_seats
@@ -29,6 +28,7 @@ from dual_policy_plugin.players import Players, choose_opponents, pin_players
 from dual_policy_plugin.policies.build import compute_dtype
 from dual_policy_plugin.policies.learner import Learner, build_learner
 from dual_policy_plugin.policies.pool import Npc, NpcPool, empty_slots
+from dual_policy_plugin.ranks.distributed import Ranks
 from dual_policy_plugin.rollout.assignment import Assignment
 from dual_policy_plugin.rollout.episode_metrics import EpisodeMetrics
 from dual_policy_plugin.roster import Roster

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from dual_policy_plugin.config import Config
-from dual_policy_plugin.distributed import Ranks
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.npc.holds import Hold
 from dual_policy_plugin.npc.lock import LockEntry, check_held_out
 from dual_policy_plugin.npc.resolver import PinnedPolicy, hold_pinned, unique_names
 from dual_policy_plugin.policies.npcs import Pins, Wish, load_npc, pin_policies
 from dual_policy_plugin.policies.pool import Npc
+from dual_policy_plugin.ranks.distributed import Ranks
 from dual_policy_plugin.rollout.assignment import Assignment
 from dual_policy_plugin.roster import Entry
 from dual_policy_plugin.types import EnvSpec

@@ -27,7 +27,7 @@ from dual_policy_plugin.npc.header import read_description
 from dual_policy_plugin.npc.sources import s3_client, s3_objects
 from dual_policy_plugin.npc.sources.http import with_retries
 from dual_policy_plugin.npc.uri import parse_uri, s3_name
-from dual_policy_plugin.run_directory import RunDirectory
+from dual_policy_plugin.run.directory import RunDirectory
 from dual_policy_plugin.run_state import STATE_NAME
 from dual_policy_plugin.waiting import waiting
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from dual_policy_plugin.checkpoint import read_safetensors
-from dual_policy_plugin.distributed import Ranks, copy_from_first, scatter_tensors, share_text
 from dual_policy_plugin.errors import ConfigError, RunError
 from dual_policy_plugin.learning.ppo import PpoUpdate
 from dual_policy_plugin.npc.resolver import PinnedPolicy
 from dual_policy_plugin.policies.loading import read_description
+from dual_policy_plugin.ranks.distributed import Ranks, copy_from_first, scatter_tensors, share_text
 from dual_policy_plugin.rollout.episode_metrics import EpisodeMetrics
 from dual_policy_plugin.rollout.mixed_policy import MixedPolicy
 from dual_policy_plugin.types import VecEnv

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from dual_policy_plugin.checkpoint import decode_policy
-from dual_policy_plugin.distributed import Ranks, copy_from_first, first_trouble, share_text, sum_over_ranks
 from dual_policy_plugin.errors import DigestError, DualPolicyError, RunError
 from dual_policy_plugin.policies.pool import NpcPool
+from dual_policy_plugin.ranks.distributed import Ranks, copy_from_first, first_trouble, share_text, sum_over_ranks
 from dual_policy_plugin.roster import EMPTY, Entry, Roster
-from dual_policy_plugin.run_directory import RunDirectory
+from dual_policy_plugin.run.directory import RunDirectory
 
 
 def start_pool(

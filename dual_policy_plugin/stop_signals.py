@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import torch
 
-from dual_policy_plugin.distributed import Ranks, sum_over_ranks
+from dual_policy_plugin.ranks.distributed import Ranks, sum_over_ranks
 
 SIGNALS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 """In the order in which they are answered: a scheduler's warning, whose handler may requeue, before its SIGTERM."""

@@ -26,14 +26,14 @@ from dual_policy_plugin.continuation import (
     settle,
 )
 from dual_policy_plugin.devices import choose_device, set_threads
-from dual_policy_plugin.distributed import join_ranks, open_group, tell_error
 from dual_policy_plugin.evaluate import as_metrics, evaluate
 from dual_policy_plugin.evaluation.matches import MatchResult
 from dual_policy_plugin.heartbeat import beat
 from dual_policy_plugin.memory import keep_freed_memory
 from dual_policy_plugin.npc.lock import lock_facts
 from dual_policy_plugin.parts import Parts, build_parts
-from dual_policy_plugin.rank_variables import find_ranks
+from dual_policy_plugin.ranks.distributed import join_ranks, open_group, tell_error
+from dual_policy_plugin.ranks.variables import find_ranks
 from dual_policy_plugin.report.iteration import (
     Laps,
     RunClock,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.harness import logging_as_it_was
 
 torch.set_num_threads(1)
 
@@ -26,6 +28,13 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if not any(Path(argument.partition("::")[0]).name == GPU_CHECKS for argument in config.args):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch reads it when CUDA is first asked for
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Leaves no handler of a test's, nor of a fixture that was made for a whole module, in the root logger."""
+    with logging_as_it_was():
+        return (yield)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dual_policy_plugin.distributed import Ranks
 from dual_policy_plugin.experience import Experience, allocate_experience
 from dual_policy_plugin.learning.ppo import PpoSettings, PpoUpdate
 from dual_policy_plugin.policies.build import build_policy
 from dual_policy_plugin.policies.pool import Npc, NpcPool
+from dual_policy_plugin.ranks.distributed import Ranks
 from dual_policy_plugin.rollout.assignment import Assignment, assign
 from dual_policy_plugin.rollout.collector import collect_rollout, start_rollouts
 from dual_policy_plugin.rollout.episode_metrics import EpisodeMetrics

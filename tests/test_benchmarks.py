@@ -20,10 +20,10 @@ from benchmarks.measure import PARTS, CountError, bound_of, counted_iteration, i
 from benchmarks.memory_use import PeakMemory, tensors_of
 from benchmarks.report_table import header, line
 from benchmarks.schemes import SCHEMES, Cell, Scheme, make_masked_both, make_ours
-from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.curriculum.state import ChosenPolicy, SweepState, write_state
 from dual_policy_plugin.curriculum.state import Job as SweepJob
 from dual_policy_plugin.errors import RunError
+from dual_policy_plugin.hydra_app.composition import compose_config
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")

@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 
 import dual_policy_plugin
 from dual_policy_plugin.cli import main
-from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.config import PolicySource
+from dual_policy_plugin.hydra_app.composition import compose_config
 from tests.harness import logging_as_it_was
 
 ROOT = Path(dual_policy_plugin.__file__).parent.parent

@@ -249,13 +249,16 @@ def test_a_profile_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_slurm_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = ["sleep", f"98765.{os.getpid()}"]  # other tests' programs may hang too
     for name in ("sbatch", "squeue", "sinfo"):
-        program(tmp_path, name, "sleep 98765", monkeypatch)
+        program(tmp_path, name, " ".join(own), monkeypatch)
     begun = time.monotonic()
     found = ask("slurm")
     assert (found.state, found.fact) == ("wrong", "sbatch is here, squeue does not answer")
     assert time.monotonic() - begun < 5
-    assert ["sleep", "98765"] not in [one.info["cmdline"] for one in psutil.process_iter(["cmdline"])]
+    while own in [one.info["cmdline"] for one in psutil.process_iter(["cmdline"])]:  # to die takes a moment
+        assert time.monotonic() - begun < 10
+        time.sleep(0.01)
 
 
 def test_a_slurm_that_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ from hydra._internal.utils import get_args_parser
 
 from dual_policy_plugin import cli
 from dual_policy_plugin.cli import main
-from dual_policy_plugin.composition import compose_config
-from dual_policy_plugin.overrides import CONFIG_DIR
+from dual_policy_plugin.hydra_app.composition import compose_config
+from dual_policy_plugin.hydra_app.overrides import CONFIG_DIR
 from tests.harness import logging_as_it_was
 
 HELPS = [

@@ -21,7 +21,7 @@ from dual_policy_plugin.npc.cache import Cache
 from dual_policy_plugin.npc.resolver import PinnedPolicy, read_verified, resolve_all
 from dual_policy_plugin.publishing import Destination, Publisher, checkpoint_facts, plain_name, s3_destination
 from dual_policy_plugin.report.loggers import WandbLogger
-from dual_policy_plugin.run_directory import RunDirectory
+from dual_policy_plugin.run.directory import RunDirectory
 from dual_policy_plugin.run_state import FACTS_KEY, STATE_NAME
 from dual_policy_plugin.types import ObservationSpace
 from tests.services.s3_server import S3Server

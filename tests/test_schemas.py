@@ -13,7 +13,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from dual_policy_plugin.cli import main
-from dual_policy_plugin.composition import compose_config
+from dual_policy_plugin.hydra_app.composition import compose_config
 from dual_policy_plugin.train import train
 from tests.curriculum.sweeps import FORAGER, RANDOM, sweep_words
 

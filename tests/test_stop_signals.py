@@ -29,13 +29,13 @@ from safetensors import safe_open
 
 import dual_policy_plugin.stop_signals as stop_signals
 import dual_policy_plugin.train as program
-from dual_policy_plugin.composition import compose_config
-from dual_policy_plugin.distributed import Ranks
 from dual_policy_plugin.errors import ConfigError
+from dual_policy_plugin.hydra_app.composition import compose_config
+from dual_policy_plugin.ranks.distributed import Ranks
 from dual_policy_plugin.run_state import Counters
 from dual_policy_plugin.stop_signals import SIGNALS, StopSignals
 from dual_policy_plugin.train import train
-from tests.distributed.scripts import TRAIN, run_ranks
+from tests.ranks.scripts import TRAIN, run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

@@ -90,7 +90,7 @@ def override_candidates(prefix: str, words: Sequence[str] = ()) -> list[str]:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.plugins.completion_plugin import DefaultCompletionPlugin
 
-    from dual_policy_plugin.overrides import CONFIG_DIR, PRIMARY_CONFIG
+    from dual_policy_plugin.hydra_app.overrides import CONFIG_DIR, PRIMARY_CONFIG
 
     key, equals, _ = prefix.partition("=")
     if equals and (values := list(_values(key.lstrip("+~"), prefix))):

@@ -64,12 +64,12 @@ def run(words: list[str]) -> int:
         if path is not None:
             check_writable(path)
 
-    from dual_policy_plugin.composition import compose_config
     from dual_policy_plugin.devices import choose_device, set_threads
     from dual_policy_plugin.evaluate import cross_play
     from dual_policy_plugin.files import publish, publish_json
+    from dual_policy_plugin.hydra_app.composition import compose_config
+    from dual_policy_plugin.hydra_app.overrides import with_seats
     from dual_policy_plugin.npc.resolver import resolve, unique_names
-    from dual_policy_plugin.overrides import with_seats
 
     config, _ = compose_config(with_seats(request.overrides))
     with contextlib.redirect_stdout(sys.stderr):  # whatever a client library prints
@@ -220,7 +220,7 @@ def _own_word(word: str) -> tuple[str, Any]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    from dual_policy_plugin.composition_mends import mend
+    from dual_policy_plugin.hydra_app.mends import mend
 
     key = word.partition("=")[0]
     if key not in KEYS:

@@ -48,9 +48,9 @@ def run(words: list[str]) -> int:
     if "=" in args.new and "://" not in args.new and not Path(args.new).exists():
         raise ConfigError(f"{args.new} stands where NEW belongs; write the policy first, then the overrides")
 
-    from dual_policy_plugin.composition import compose_config
+    from dual_policy_plugin.hydra_app.composition import compose_config
+    from dual_policy_plugin.hydra_app.overrides import with_seats
     from dual_policy_plugin.npc.resolver import resolve
-    from dual_policy_plugin.overrides import with_seats
 
     config, _ = compose_config(with_seats(args.overrides))
     seed = config.seed if args.seed is None else args.seed

@@ -22,19 +22,19 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from dual_policy_plugin.composition import compose_whole
 from dual_policy_plugin.config import Config
-from dual_policy_plugin.config_loading import load_config
 from dual_policy_plugin.devices import choose_device
 from dual_policy_plugin.errors import DualPolicyError
 from dual_policy_plugin.evaluate import assign_seats, read_spec
-from dual_policy_plugin.interpolation import hide_variables, keep_requested
+from dual_policy_plugin.hydra_app.composition import compose_whole
+from dual_policy_plugin.hydra_app.interpolation import hide_variables, keep_requested
+from dual_policy_plugin.hydra_app.loading import load_config
 from dual_policy_plugin.npc.resolver import resolve_all
 from dual_policy_plugin.npc.uri import parse_uri
 from dual_policy_plugin.policies.build import compute_dtype
 from dual_policy_plugin.policies.learner import build_learner
 from dual_policy_plugin.policies.npcs import LOCK_NAME, load_npc
-from dual_policy_plugin.rank_variables import find_ranks
+from dual_policy_plugin.ranks.variables import find_ranks
 from dual_policy_plugin.types import EnvSpec
 
 # A config with one of these is known in the job alone; with one of the others, where a launcher's job runs.

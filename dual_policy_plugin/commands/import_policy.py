@@ -31,8 +31,8 @@ def run(words: list[str]) -> int:
 
     import torch
 
-    from dual_policy_plugin.composition import compose_config
     from dual_policy_plugin.envs.build import make_env
+    from dual_policy_plugin.hydra_app.composition import compose_config
     from dual_policy_plugin.policies.loading import import_policy
 
     config, _ = compose_config([f"env={args.env}", f"agent={args.agent}", "env.num_envs=1", *args.overrides])

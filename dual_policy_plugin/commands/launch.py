@@ -128,7 +128,7 @@ def _each_copy(check: Callable[[Sequence[str]], Any], overrides: list[str], copi
     if copies == 1:
         return [first]
 
-    from dual_policy_plugin.overrides import text_override
+    from dual_policy_plugin.hydra_app.overrides import text_override
 
     config = first.config
     return [

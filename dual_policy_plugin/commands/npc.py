@@ -149,7 +149,7 @@ def lock_policies(words: list[str]) -> Answer:
 
 def _read_configs(words: list[str]) -> list[Config]:
     """The configs that are meant: files one by one, each with the overrides; without files the overrides alone."""
-    from dual_policy_plugin.composition import compose_config
+    from dual_policy_plugin.hydra_app.composition import compose_config
 
     paths = [Path(word) for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
     overrides = [word for word in words if Path(word) not in paths]
@@ -162,10 +162,10 @@ def _read_config(path: Path, overrides: list[str]) -> Config:
     """The config in a file: one to compose with ours (a defaults list, a `@package` line), or one that is whole."""
     from omegaconf import DictConfig, OmegaConf
 
-    from dual_policy_plugin.composition import compose_config
-    from dual_policy_plugin.config_loading import load_config
-    from dual_policy_plugin.interpolation import keep_requested
-    from dual_policy_plugin.overrides import search_path
+    from dual_policy_plugin.hydra_app.composition import compose_config
+    from dual_policy_plugin.hydra_app.interpolation import keep_requested
+    from dual_policy_plugin.hydra_app.loading import load_config
+    from dual_policy_plugin.hydra_app.overrides import search_path
 
     try:
         text = path.read_text("utf-8")

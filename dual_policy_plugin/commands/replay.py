@@ -40,11 +40,11 @@ def run(words: list[str]) -> int:
     args = _parse(words)
     check_read(args.overrides, UNREAD)
 
-    from dual_policy_plugin.composition import compose_config
     from dual_policy_plugin.devices import choose_device, set_threads
     from dual_policy_plugin.files import check_writable, publish
+    from dual_policy_plugin.hydra_app.composition import compose_config
+    from dual_policy_plugin.hydra_app.overrides import with_seats
     from dual_policy_plugin.npc.resolver import resolve
-    from dual_policy_plugin.overrides import with_seats
     from dual_policy_plugin.replay.from_run import run_of, run_words
     from dual_policy_plugin.replay.page import PAGE_NAME, write_page
     from dual_policy_plugin.replay.record import check_recordable, record

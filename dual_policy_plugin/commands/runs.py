@@ -47,7 +47,7 @@ def _entity_and_project(args: argparse.Namespace) -> tuple[str | None, str]:
         entity_set, project_set = wandb_defaults()
         entity, project = entity or entity_set, project or project_set
     if entity is None or project is None:
-        from dual_policy_plugin.composition import compose_config
+        from dual_policy_plugin.hydra_app.composition import compose_config
 
         wandb = compose_config(args.overrides)[0].wandb
         entity, project = entity or wandb.entity, project or wandb.project or DEFAULT_PROJECT

@@ -41,8 +41,8 @@ def run(words: list[str]) -> int:
     import hydra
     from hydra._internal.utils import get_args_parser
 
-    from dual_policy_plugin.composition_mends import mend
-    from dual_policy_plugin.overrides import CONFIG_DIR, PRIMARY_CONFIG, count_jobs
+    from dual_policy_plugin.hydra_app.mends import mend
+    from dual_policy_plugin.hydra_app.overrides import CONFIG_DIR, PRIMARY_CONFIG, count_jobs
     from dual_policy_plugin.slurm.errors import explain
 
     if "--info" not in words:  # Hydra prints it through a logger of its own
@@ -85,8 +85,8 @@ def _train_job(cfg: DictConfig) -> float | None:
     from hydra.types import RunMode
     from omegaconf import OmegaConf
 
-    from dual_policy_plugin.interpolation import config_text, hide_variables, keep_requested
-    from dual_policy_plugin.run_lock import check_unlocked, is_slurm_job
+    from dual_policy_plugin.hydra_app.interpolation import config_text, hide_variables, keep_requested
+    from dual_policy_plugin.run.lock import check_unlocked, is_slurm_job
     from dual_policy_plugin.slurm.errors import job_error
 
     hydra = HydraConfig.get()
@@ -133,8 +133,8 @@ def _load_job_config(cfg: DictConfig, job_num: int | None) -> Config:
 
     from hydra.core.hydra_config import HydraConfig
 
-    from dual_policy_plugin.composition import refuse_masked_choices
-    from dual_policy_plugin.config_loading import load_config
+    from dual_policy_plugin.hydra_app.composition import refuse_masked_choices
+    from dual_policy_plugin.hydra_app.loading import load_config
 
     refuse_masked_choices()
     if job_num is None and HydraConfig.get().sweeper.get("ladder") is not None:
@@ -157,7 +157,7 @@ def _split_flags(words: list[str], parser: argparse.ArgumentParser) -> tuple[lis
     flags = list(words)
     for override in args.overrides:
         flags.remove(override)
-    from dual_policy_plugin.overrides import keep_run_names
+    from dual_policy_plugin.hydra_app.overrides import keep_run_names
 
     return flags, keep_run_names(args.overrides)
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from dual_policy_plugin.config import PolicySource
 from dual_policy_plugin.config_checks import check, check_range
-from dual_policy_plugin.config_dual_policy import SELECTOR_DEFAULTS, load_source
-from dual_policy_plugin.config_nodes import build, check_keys
 from dual_policy_plugin.errors import ConfigError
+from dual_policy_plugin.hydra_app.dual_policy_node import SELECTOR_DEFAULTS, load_source
+from dual_policy_plugin.hydra_app.nodes import build, check_keys
 from dual_policy_plugin.npc.uri import parse_uri
 
 KEY = "hydra.sweeper"

@@ -13,18 +13,18 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dual_policy_plugin.config import Config
-from dual_policy_plugin.config_diff import diff_configs, show_diff
-from dual_policy_plugin.config_loading import load_config
-from dual_policy_plugin.config_nodes import to_plain
 from dual_policy_plugin.curriculum import gates
 from dual_policy_plugin.curriculum.config import KEY, CurriculumConfig
 from dual_policy_plugin.curriculum.decisions import AFTER_GATE
 from dual_policy_plugin.curriculum.state import STATE_NAME, Rung, SweepState
 from dual_policy_plugin.errors import ConfigError, RunError
 from dual_policy_plugin.files import encode_json
-from dual_policy_plugin.interpolation import config_values
-from dual_policy_plugin.overrides import text_override
+from dual_policy_plugin.hydra_app.interpolation import config_values
+from dual_policy_plugin.hydra_app.loading import load_config
+from dual_policy_plugin.hydra_app.nodes import to_plain
+from dual_policy_plugin.hydra_app.overrides import text_override
 from dual_policy_plugin.policies.npcs import LOCK_NAME
+from dual_policy_plugin.run.config_diff import diff_configs, show_diff
 
 NPC_KEY = "trainer.dual_policy.checkpoint_npc"
 INITIAL_KEY = "trainer.initial_policy"

@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 
 from dual_policy_plugin.config import Config
-from dual_policy_plugin.config_loading import load_config
 from dual_policy_plugin.curriculum import gates, ladder
 from dual_policy_plugin.curriculum.batches import launch_batch, split_batches, take_result
 from dual_policy_plugin.curriculum.config import KEY
@@ -37,10 +36,11 @@ from dual_policy_plugin.curriculum.sweep_files import SweepFiles
 from dual_policy_plugin.devices import set_threads
 from dual_policy_plugin.errors import CurriculumStopped, RunError
 from dual_policy_plugin.files import file_error, read_json, remove_temporary_files
+from dual_policy_plugin.hydra_app.loading import load_config
 from dual_policy_plugin.npc.lock import LockEntry
 from dual_policy_plugin.npc.resolver import PinnedPolicy, hold_pinned
 from dual_policy_plugin.report.page.write import write_own_report
-from dual_policy_plugin.run_lock import check_unlocked, lock_run, unlock_run
+from dual_policy_plugin.run.lock import check_unlocked, lock_run, unlock_run
 
 log = logging.getLogger(__name__)
 

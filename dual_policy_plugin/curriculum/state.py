@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from dual_policy_plugin.config_nodes import build
 from dual_policy_plugin.errors import DualPolicyError, RunError
 from dual_policy_plugin.files import publish_json, read_json
+from dual_policy_plugin.hydra_app.nodes import build
 
 STATE_NAME = "curriculum.json"
 STATE_VERSION = 1

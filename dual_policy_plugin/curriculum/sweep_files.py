@@ -1,6 +1,6 @@
 """A sweep's own files, here and in the mirror of `trainer.sync_uri`, so that the sweep goes on on another machine.
 
-The mirror has them under the sweep's name, beside those of its jobs (`run_mirror.py`):
+The mirror has them under the sweep's name, beside those of its jobs (`run/mirror.py`):
 
     npc.lock.json, curriculum.json   pins and decisions; jobs and lock are sent first, since the state refers to them
     mirror/owner.json                which process may write them (`mirror/lease.py`)
@@ -20,15 +20,15 @@ from dual_policy_plugin.curriculum.request import LOCK_KEY, SweepRequest, check_
 from dual_policy_plugin.curriculum.state import STATE_NAME, SweepState, parse_state, read_state, write_state
 from dual_policy_plugin.errors import RunError, StorageError
 from dual_policy_plugin.files import file_error, publish
+from dual_policy_plugin.hydra_app.overrides import text_override
 from dual_policy_plugin.mirror.lease import Lease
 from dual_policy_plugin.mirror.listing import STATE_NAME as RUN_STATE_NAME
 from dual_policy_plugin.mirror.places import Place
 from dual_policy_plugin.mirror.transfer import RESULT_NAME, saved_iteration
-from dual_policy_plugin.overrides import text_override
 from dual_policy_plugin.policies.npcs import LOCK_NAME
-from dual_policy_plugin.run_directory import RunDirectory
-from dual_policy_plugin.run_lock import check_unlocked, is_locked
-from dual_policy_plugin.run_mirror import RunMirror, check_apart, open_place
+from dual_policy_plugin.run.directory import RunDirectory
+from dual_policy_plugin.run.lock import check_unlocked, is_locked
+from dual_policy_plugin.run.mirror import RunMirror, check_apart, open_place
 from dual_policy_plugin.waiting import waiting
 
 _NAMES = (LOCK_NAME, STATE_NAME)

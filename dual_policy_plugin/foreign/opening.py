@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from dual_policy_plugin.config import DualPolicyConfig, PolicySource
-from dual_policy_plugin.config_dual_policy import load_dual_policy
 from dual_policy_plugin.errors import ConfigError, DigestError, RunError
+from dual_policy_plugin.hydra_app.dual_policy_node import load_dual_policy
 from dual_policy_plugin.npc.lock import LockEntry, parse_lock, read_lock, write_lock
 from dual_policy_plugin.players import Players
 from dual_policy_plugin.policies.pool import Npc, NpcPool

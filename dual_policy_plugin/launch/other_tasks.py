@@ -16,14 +16,14 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
-from dual_policy_plugin.composition import compose_config, compose_hydra_node
 from dual_policy_plugin.config import Config, PolicySource, WandbConfig
 from dual_policy_plugin.curriculum.config import KEY, load_settings
 from dual_policy_plugin.errors import ConfigError
+from dual_policy_plugin.hydra_app.composition import compose_config, compose_hydra_node
+from dual_policy_plugin.hydra_app.overrides import keep_run_names, text_override
 from dual_policy_plugin.launch.preflight import Preflight, carry_entries, check_env, check_launch, check_logins
 from dual_policy_plugin.npc.lock import LockEntry, lock_entries
 from dual_policy_plugin.npc.resolver import resolve_all, unique_names
-from dual_policy_plugin.overrides import keep_run_names, text_override
 
 INITIAL = "trainer.initial_policy"
 _WHICH = ("checkpoint_path", "policy_uri", "type", "range", "metric", "filters")

@@ -18,10 +18,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.config import Config, PolicySource
 from dual_policy_plugin.errors import ConfigError, LaunchError
 from dual_policy_plugin.files import publish
+from dual_policy_plugin.hydra_app.composition import compose_config
+from dual_policy_plugin.hydra_app.overrides import keep_run_names
 from dual_policy_plugin.npc.cache import Cache
 from dual_policy_plugin.npc.lock import (
     ROLES,
@@ -36,10 +37,9 @@ from dual_policy_plugin.npc.lock import (
 )
 from dual_policy_plugin.npc.resolver import request_text, resolve_all, unique_names
 from dual_policy_plugin.npc.uri import parse_uri
-from dual_policy_plugin.overrides import keep_run_names
 from dual_policy_plugin.report.tables import format_table
-from dual_policy_plugin.run_directory import LOCK_KEY as LOCK_KEY
-from dual_policy_plugin.run_mirror import read_mirrored
+from dual_policy_plugin.run.directory import LOCK_KEY as LOCK_KEY
+from dual_policy_plugin.run.mirror import read_mirrored
 from dual_policy_plugin.wandb_runs import quieter_mode
 
 LOCK_NAME = "npc.lock.json"

@@ -18,6 +18,7 @@ import yaml
 
 from dual_policy_plugin.config import Config
 from dual_policy_plugin.errors import LaunchError
+from dual_policy_plugin.hydra_app.overrides import text_override
 from dual_policy_plugin.launch import sky_sdk
 from dual_policy_plugin.launch.checkout import COMMIT_VARIABLE, Checkout
 from dual_policy_plugin.launch.preflight import (
@@ -33,7 +34,6 @@ from dual_policy_plugin.launch.preflight import (
     wandb_key,
 )
 from dual_policy_plugin.launch.sky_task import TaskOptions, build_task, read_template
-from dual_policy_plugin.overrides import text_override
 
 COST_VARIABLE = "METTA_HOURLY_COST"
 _PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")

@@ -19,10 +19,11 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from dual_policy_plugin.composition import refuse_masked_choices
-from dual_policy_plugin.config_loading import load_config
 from dual_policy_plugin.errors import ConfigError, DualPolicyError, LaunchError, RunError
-from dual_policy_plugin.interpolation import hide_variables, keep_requested
+from dual_policy_plugin.hydra_app.composition import refuse_masked_choices
+from dual_policy_plugin.hydra_app.interpolation import hide_variables, keep_requested
+from dual_policy_plugin.hydra_app.loading import load_config
+from dual_policy_plugin.hydra_app.overrides import CONFIG_DIR, text_override
 from dual_policy_plugin.launch import preflight, sky_sdk
 from dual_policy_plugin.launch.checkout import Checkout, read_checkout
 from dual_policy_plugin.launch.sky_jobs import SkyJob
@@ -37,8 +38,7 @@ from dual_policy_plugin.launch.sky_launch import (
 from dual_policy_plugin.launch.sky_settings import KEY, SkyLauncherConfig
 from dual_policy_plugin.launch.sky_task import TaskOptions, build_task, read_template
 from dual_policy_plugin.mirror.transfer import RESULT_NAME as RESULT_NAME
-from dual_policy_plugin.overrides import CONFIG_DIR, text_override
-from dual_policy_plugin.run_mirror import read_mirrored
+from dual_policy_plugin.run.mirror import read_mirrored
 
 MOUNT = "/dual-policy-runs"
 """Where a node has the bucket that another app's jobs write to."""

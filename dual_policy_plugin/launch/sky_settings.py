@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from dual_policy_plugin.config_checks import check, check_range
-from dual_policy_plugin.config_nodes import build, check_keys
 from dual_policy_plugin.errors import ConfigError
+from dual_policy_plugin.hydra_app.nodes import build, check_keys
 
 KEY = "hydra.launcher"
 

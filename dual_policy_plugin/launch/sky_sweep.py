@@ -20,14 +20,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dual_policy_plugin import files
 from dual_policy_plugin.errors import ConfigError, DualPolicyError, LaunchError
-from dual_policy_plugin.interpolation import config_values
+from dual_policy_plugin.hydra_app.interpolation import config_values
 from dual_policy_plugin.launch import sky_sdk
 from dual_policy_plugin.launch.sky_jobs import Outcome, SkyJob, run_jobs
 from dual_policy_plugin.launch.sky_prepare import RESULT_NAME, SweepJob, job_config, prepare_jobs, result_digest
 from dual_policy_plugin.launch.sky_record import read_record
 from dual_policy_plugin.launch.sky_settings import KEY, load_settings
-from dual_policy_plugin.run_lock import lock_run, unlock_run
-from dual_policy_plugin.run_mirror import read_mirrored, read_result
+from dual_policy_plugin.run.lock import lock_run, unlock_run
+from dual_policy_plugin.run.mirror import read_mirrored, read_result
 from dual_policy_plugin.slurm.errors import remove_sweep
 
 _RETURNED = ("config.yaml", "npc.lock.json", "metrics.jsonl", "timing.jsonl")

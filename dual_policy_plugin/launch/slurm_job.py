@@ -17,12 +17,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dual_policy_plugin.composition import compose_hydra_node
 from dual_policy_plugin.errors import EXIT_AGAIN, LaunchError
 from dual_policy_plugin.files import publish
+from dual_policy_plugin.hydra_app.composition import compose_hydra_node
+from dual_policy_plugin.hydra_app.overrides import keep_run_names, text_override
 from dual_policy_plugin.launch.checkout import COMMIT_VARIABLE
 from dual_policy_plugin.launch.preflight import LOCK_KEY, Preflight, lock_bytes, lock_name
-from dual_policy_plugin.overrides import keep_run_names, text_override
 from dual_policy_plugin.slurm.errors import explain, no_slurm
 from dual_policy_plugin.slurm.requeue import requeue_job
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dual_policy_plugin.cuda_graph import CapturedCall
-from dual_policy_plugin.distributed import Ranks, sum_over_ranks
 from dual_policy_plugin.experience import Experience
 from dual_policy_plugin.learning.advantage import compute_gae
+from dual_policy_plugin.ranks.distributed import Ranks, sum_over_ranks
 
 LOSS_NAMES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm")
 

@@ -1,4 +1,4 @@
-"""Who may write to a run's mirror: a lease in the mirror, renewed while its owner lives. Used by `run_mirror.py`.
+"""Who may write to a run's mirror: a lease in the mirror, renewed while its owner lives. Used by `run/mirror.py`.
 
 Nobody's clock is trusted but that of the storage: whoever wants a lease that is held waits until it is older than its
 length there, and takes it on the condition that it is still the one that was read. An owner that was replaced finds

@@ -1,4 +1,4 @@
-"""How the files of a run get into its mirror and back. Used by `run_mirror.py`; `listing.py` says what stands there.
+"""How the files of a run get into its mirror and back. Used by `run/mirror.py`; `listing.py` says what stands there.
 
 They are sent in the order in which a run directory needs them: checkpoints, what is said about them, metrics, then the
 state, then the result; what retention removed goes last. Broken off anywhere, the mirror continues from the state that

@@ -13,7 +13,6 @@ from torch import nn
 
 from dual_policy_plugin.checkpoint import PolicyFile, encode_policy
 from dual_policy_plugin.config import AgentConfig
-from dual_policy_plugin.distributed import Ranks, sum_over_ranks
 from dual_policy_plugin.errors import CheckpointError, ConfigError
 from dual_policy_plugin.experience import Experience
 from dual_policy_plugin.npc.resolver import PinnedPolicy
@@ -21,6 +20,7 @@ from dual_policy_plugin.policies.binding import BoundPolicy
 from dual_policy_plugin.policies.build import build_policy, is_ours
 from dual_policy_plugin.policies.loading import check_answer, load_policy, read_description
 from dual_policy_plugin.policies.scripted import SCRIPTED
+from dual_policy_plugin.ranks.distributed import Ranks, sum_over_ranks
 from dual_policy_plugin.types import EnvSpec, ObservationSpace
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from dual_policy_plugin.config import AgentConfig, PolicySource
-from dual_policy_plugin.distributed import Ranks, first_trouble, share_text
 from dual_policy_plugin.errors import DigestError, DualPolicyError, NpcError, NpcNotFoundError
 from dual_policy_plugin.npc.header import read_description
 from dual_policy_plugin.npc.lock import (
@@ -33,6 +32,7 @@ from dual_policy_plugin.npc.lock import (
 from dual_policy_plugin.npc.resolver import PinnedPolicy, request_text, resolve_all, unique_names
 from dual_policy_plugin.policies.loading import load_policy
 from dual_policy_plugin.policies.pool import Npc
+from dual_policy_plugin.ranks.distributed import Ranks, first_trouble, share_text
 from dual_policy_plugin.types import EnvSpec
 
 LOCK_NAME = "npc.lock.json"

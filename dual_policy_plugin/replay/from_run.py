@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dual_policy_plugin.errors import ConfigError, RunError
+from dual_policy_plugin.hydra_app.overrides import text_override
 from dual_policy_plugin.npc.lock import pin_locked, read_lock
 from dual_policy_plugin.npc.resolver import PinnedPolicy
-from dual_policy_plugin.overrides import text_override
 from dual_policy_plugin.policies.npcs import LOCK_NAME
 from dual_policy_plugin.replay.record import MAKE_FRAMES
 

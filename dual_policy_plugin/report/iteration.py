@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dual_policy_plugin.distributed import Ranks, sum_over_ranks
 from dual_policy_plugin.errors import DivergedError
 from dual_policy_plugin.experience import Experience
+from dual_policy_plugin.ranks.distributed import Ranks, sum_over_ranks
 from dual_policy_plugin.rollout.episode_metrics import EpisodeMetrics
 from dual_policy_plugin.run_state import Counters
 from dual_policy_plugin.types import EnvSpec

@@ -20,7 +20,7 @@ from dual_policy_plugin.config import WandbConfig
 from dual_policy_plugin.errors import ConfigError, RunError
 from dual_policy_plugin.npc.sources.wandb_client import open_client
 from dual_policy_plugin.publishing import Checkpoint, Destination, checkpoint_facts, plain_name
-from dual_policy_plugin.run_directory import RunDirectory
+from dual_policy_plugin.run.directory import RunDirectory
 from dual_policy_plugin.wandb_runs import DEFAULT_PROJECT, clean, quieter_mode, wandb_defaults
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from dual_policy_plugin.report.loggers import WandbLogger
 from dual_policy_plugin.report.page.write import write_own_report
 from dual_policy_plugin.report.progress import Progress
 from dual_policy_plugin.report.tensorboard import TensorBoardLogger
-from dual_policy_plugin.run_directory import RunDirectory
+from dual_policy_plugin.run.directory import RunDirectory
 
 
 class RunLog:

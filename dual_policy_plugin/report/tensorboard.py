@@ -19,7 +19,7 @@ from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.evaluation.matches import eval_metrics
 from dual_policy_plugin.npc.resolver import PinnedPolicy
 from dual_policy_plugin.report.tables import format_table
-from dual_policy_plugin.run_directory import RunDirectory
+from dual_policy_plugin.run.directory import RunDirectory
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import FileWriter

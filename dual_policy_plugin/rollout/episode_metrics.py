@@ -10,8 +10,8 @@ import copy
 import torch
 from torch import Tensor
 
-from dual_policy_plugin.distributed import Ranks, sum_over_ranks
 from dual_policy_plugin.policies.pool import NpcPool
+from dual_policy_plugin.ranks.distributed import Ranks, sum_over_ranks
 from dual_policy_plugin.rollout.assignment import Assignment
 from dual_policy_plugin.types import EnvSpec, StepResult
 

@@ -64,7 +64,7 @@ class CurriculumSweeper(BasicSweeper):
 
     def _compose(self, overrides: Sequence[str]) -> DictConfig:
         """The config of a job, as the job will see it."""
-        from dual_policy_plugin.interpolation import keep_requested
+        from dual_policy_plugin.hydra_app.interpolation import keep_requested
 
         assert self.config is not None
         assert self.hydra_context is not None

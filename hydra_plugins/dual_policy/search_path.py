@@ -3,7 +3,7 @@
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-from dual_policy_plugin.interpolation import register_resolver
+from dual_policy_plugin.hydra_app.interpolation import register_resolver
 
 register_resolver()  # here, not in the class: a job in a process of its own imports this module and no more
 

@@ -11,9 +11,9 @@ from hydra.core.config_store import ConfigStore
 from submitit.core.utils import FailedJobError, UncompletedJobError
 
 from dual_policy_plugin.cli import main
-from dual_policy_plugin.composition import compose_config, compose_hydra_node
 from dual_policy_plugin.errors import LimitError
-from dual_policy_plugin.overrides import count_jobs
+from dual_policy_plugin.hydra_app.composition import compose_config, compose_hydra_node
+from dual_policy_plugin.hydra_app.overrides import count_jobs
 from dual_policy_plugin.slurm.errors import explain, job_error
 from dual_policy_plugin.slurm.states import SlurmStates
 from tests.curriculum.sweeps import SMALL

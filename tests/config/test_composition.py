@@ -9,9 +9,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from dual_policy_plugin.composition import compose_config
-from dual_policy_plugin.config_loading import load_config
-from dual_policy_plugin.overrides import CONFIG_DIR, quote_override
+from dual_policy_plugin.hydra_app.composition import compose_config
+from dual_policy_plugin.hydra_app.loading import load_config
+from dual_policy_plugin.hydra_app.overrides import CONFIG_DIR, quote_override
 
 URI = "wandb://team/project/model/run:v7"
 GROUPS = CONFIG_DIR.parent / "dual_policy_plugin" / "conf" / "dual_policy"

@@ -10,14 +10,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from dual_policy_plugin import config_dual_policy
 from dual_policy_plugin.config import Config, EvalsConfig, PolicySource, TrainerConfig, WandbConfig
-from dual_policy_plugin.config_dual_policy import load_dual_policy
-from dual_policy_plugin.config_loading import known_keys, load_config, read_hourly_cost
-from dual_policy_plugin.config_nodes import nearest_key
 from dual_policy_plugin.errors import ConfigError, NpcError
-from dual_policy_plugin.interpolation import register_resolver
-from dual_policy_plugin.overrides import CONFIG_DIR
+from dual_policy_plugin.hydra_app import dual_policy_node
+from dual_policy_plugin.hydra_app.dual_policy_node import load_dual_policy
+from dual_policy_plugin.hydra_app.interpolation import register_resolver
+from dual_policy_plugin.hydra_app.loading import known_keys, load_config, read_hourly_cost
+from dual_policy_plugin.hydra_app.nodes import nearest_key
+from dual_policy_plugin.hydra_app.overrides import CONFIG_DIR
 
 register_resolver()  # as Hydra does when it finds the plugin, which no test here makes it do
 
@@ -29,7 +29,7 @@ ON = ["+dual_policy=checkpoint", f"{DP}.checkpoint_npc.uri={NPC}"]
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("METTA_HOURLY_COST", raising=False)
-    config_dual_policy._warn_older.cache_clear()
+    dual_policy_node._warn_older.cache_clear()
 
 
 def load(*overrides: str) -> Config:
@@ -66,9 +66,9 @@ def test_trainer_yaml_lists_every_key_of_the_dataclasses() -> None:
     node = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "trainer" / "trainer.yaml"))
     assert isinstance(node, dict)
     assert list(node) == [*(f.name for f in dataclasses.fields(TrainerConfig))]
-    older = [old for olds in config_dual_policy.OLDER_SPELLINGS.values() for old in olds]
-    assert sorted(set(node["dual_policy"]) - set(older)) == sorted(config_dual_policy.DUAL_POLICY_KEYS)
-    assert sorted(set(node["dual_policy"]["checkpoint_npc"]) - set(older)) == sorted(config_dual_policy.SOURCE_KEYS)
+    older = [old for olds in dual_policy_node.OLDER_SPELLINGS.values() for old in olds]
+    assert sorted(set(node["dual_policy"]) - set(older)) == sorted(dual_policy_node.DUAL_POLICY_KEYS)
+    assert sorted(set(node["dual_policy"]["checkpoint_npc"]) - set(older)) == sorted(dual_policy_node.SOURCE_KEYS)
     assert sorted(set(node["initial_policy"]) - set(node["dual_policy"]["checkpoint_npc"])) == ["keep_optimizer"]
 
 
@@ -263,7 +263,7 @@ def test_hourly_cost(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_node_alone_loads_for_a_foreign_app() -> None:
-    node = OmegaConf.load(Path(config_dual_policy.__file__).parent / "conf" / "dual_policy" / "checkpoint.yaml")
+    node = OmegaConf.load(Path(dual_policy_node.__file__).parents[1] / "conf" / "dual_policy" / "checkpoint.yaml")
     node.checkpoint_npc.uri = NPC
     config = load_dual_policy(node)  # type: ignore[arg-type]
     assert (config.enabled, config.npc, config.training_agents_pct) == (True, PolicySource(uri=NPC), 0.5)

@@ -15,10 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 import dual_policy_plugin
 from dual_policy_plugin.cli import main
-from dual_policy_plugin.composition import compose_config
-from dual_policy_plugin.config_loading import load_config
 from dual_policy_plugin.errors import ConfigError
-from dual_policy_plugin.interpolation import config_text, hide_variables, keep_requested, register_resolver
+from dual_policy_plugin.hydra_app.composition import compose_config
+from dual_policy_plugin.hydra_app.interpolation import config_text, hide_variables, keep_requested, register_resolver
+from dual_policy_plugin.hydra_app.loading import load_config
 
 ROOT = Path(dual_policy_plugin.__file__).parent.parent
 BUILTINS = ROOT / "dual_policy_plugin" / "builtin" / "arena"

@@ -10,12 +10,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import dual_policy_plugin
-from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.config import DualPolicyConfig, PolicySource
-from dual_policy_plugin.config_dual_policy import load_dual_policy
-from dual_policy_plugin.config_loading import load_config
 from dual_policy_plugin.errors import ConfigError, DualPolicyError
-from dual_policy_plugin.overrides import CONFIG_DIR
+from dual_policy_plugin.hydra_app.composition import compose_config
+from dual_policy_plugin.hydra_app.dual_policy_node import load_dual_policy
+from dual_policy_plugin.hydra_app.loading import load_config
+from dual_policy_plugin.hydra_app.overrides import CONFIG_DIR
 from dual_policy_plugin.pool_config import (
     MATCHMAKING,
     MATCHMAKING_READERS,

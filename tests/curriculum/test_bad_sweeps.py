@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from dual_policy_plugin.cli import main
-from dual_policy_plugin.composition import compose_config
-from dual_policy_plugin.run_lock import lock_run, unlock_run
+from dual_policy_plugin.hydra_app.composition import compose_config
+from dual_policy_plugin.run.lock import lock_run, unlock_run
 from tests.curriculum.sweeps import FORAGER, RANDOM, SWEEPER, sweep_words
 from tests.test_bad_input import _clean
 

@@ -17,8 +17,9 @@ from dual_policy_plugin.cli import main
 from dual_policy_plugin.curriculum import batches, gates, stages, sweep_files
 from dual_policy_plugin.errors import RunError
 from dual_policy_plugin.npc.lock import read_lock
-from dual_policy_plugin.run_lock import check_unlocked, lock_run, unlock_run
+from dual_policy_plugin.run.lock import check_unlocked, lock_run, unlock_run
 from tests.curriculum.sweeps import FORAGER, RANDOM, SMALL, comparable, state_of, sweep_words
+from tests.harness import logging_as_it_was
 from tests.test_bad_input import _clean
 
 __all__ = ["_clean"]  # no variables of the machine's, log handlers as they were
@@ -85,7 +86,8 @@ class Killed(BaseException):
 def unkilled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The final state of a sweep of two stages, the second tried twice, that nobody disturbed."""
     folder = tmp_path_factory.mktemp("unkilled")
-    assert main(sweep_words(folder, f"[{RANDOM},{FORAGER}]")) == 1
+    with logging_as_it_was():  # a fixture of the whole module is made before those of a test
+        assert main(sweep_words(folder, f"[{RANDOM},{FORAGER}]")) == 1
     return comparable(state_of(folder), folder)
 
 
@@ -321,7 +323,8 @@ def old_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run with three checkpoints or more."""
     folder = tmp_path_factory.mktemp("old")
     words = [f"train_dir={folder}", "run=old", "trainer.total_timesteps=600", "trainer.checkpoint_interval=1"]
-    assert main(["train", *SMALL, *words]) == 0
+    with logging_as_it_was():
+        assert main(["train", *SMALL, *words]) == 0
     return folder / "old"
 
 

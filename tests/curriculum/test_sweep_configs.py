@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from dual_policy_plugin.cli import main
 from dual_policy_plugin.curriculum.config import CurriculumConfig, load_settings
-from dual_policy_plugin.overrides import CONFIG_DIR
+from dual_policy_plugin.hydra_app.overrides import CONFIG_DIR
 from tests.test_bad_input import SMALL, _clean, messages
 
 __all__ = ["_clean"]  # no variables of the machine's, log handlers as they were

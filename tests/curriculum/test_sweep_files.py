@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from dual_policy_plugin import run_mirror
 from dual_policy_plugin import train as train_module
 from dual_policy_plugin.cli import main
 from dual_policy_plugin.curriculum import gates, stages, sweep_files
@@ -19,12 +18,14 @@ from dual_policy_plugin.mirror import lease as lease_module
 from dual_policy_plugin.mirror import transfer
 from dual_policy_plugin.mirror.folder_place import FolderPlace
 from dual_policy_plugin.mirror.places import OWNER_NAME
-from dual_policy_plugin.run_mirror import open_place
+from dual_policy_plugin.run import mirror as run_mirror
+from dual_policy_plugin.run.mirror import open_place
 from tests.curriculum.sweeps import FORAGER, RANDOM, comparable, state_of, sweep_words
 from tests.curriculum.test_bad_sweeps import error_line
 from tests.curriculum.test_sweep import Killed
+from tests.harness import logging_as_it_was
+from tests.run.test_run_mirror import bucket, server, sync_uri
 from tests.test_bad_input import _clean
-from tests.test_run_mirror import bucket, server, sync_uri
 
 __all__ = ["_clean", "bucket", "server", "sync_uri"]  # fixtures: no variables of the machine's, each kind of place
 
@@ -47,7 +48,8 @@ def shared_folder(tmp_path: Path) -> tuple[Path, str]:
 def unkilled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The final state of a sweep of two stages, the second tried twice, that nobody disturbed."""
     folder = tmp_path_factory.mktemp("unkilled")
-    assert main(sweep_words(folder, LADDER)) == 1
+    with logging_as_it_was():  # a fixture of the whole module is made before those of a test
+        assert main(sweep_words(folder, LADDER)) == 1
     return played(state_of(folder), folder, "")
 
 

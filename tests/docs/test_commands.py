@@ -27,7 +27,7 @@ import torch
 import yaml
 
 from dual_policy_plugin.cli import main
-from dual_policy_plugin.composition import compose_config, compose_hydra_node
+from dual_policy_plugin.hydra_app.composition import compose_config, compose_hydra_node
 from dual_policy_plugin.policies.loading import load_policy_from_checkpoint
 from tests.docs.pages import PAGES, ROOT, blocks, commands
 from tests.harness import logging_as_it_was

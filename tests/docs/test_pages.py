@@ -18,9 +18,9 @@ from docs.generate import pages as generated
 from docs.messages import Message, collect
 from dual_policy_plugin import errors
 from dual_policy_plugin.cli import main
-from dual_policy_plugin.config_loading import known_keys
 from dual_policy_plugin.errors import DualPolicyError
 from dual_policy_plugin.evaluation.intervals import wilson_interval
+from dual_policy_plugin.hydra_app.loading import known_keys
 from tests.docs.pages import PAGES, ROOT, anchors, blocks, links, mentions
 
 LANGUAGES = {"sh", "python", "yaml", "toml", "json", "text", "indented", "session", "{toctree}"}

@@ -12,13 +12,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dual_policy_plugin.distributed import Ranks
 from dual_policy_plugin.envs.arena import STATE_NAMES, Arena
 from dual_policy_plugin.envs.arena_config import ArenaConfig
 from dual_policy_plugin.experience import Experience, allocate_experience
 from dual_policy_plugin.learning.ppo import PpoSettings, PpoUpdate
 from dual_policy_plugin.policies.pool import Npc, NpcPool
 from dual_policy_plugin.policies.sampling import log_probs_of
+from dual_policy_plugin.ranks.distributed import Ranks
 from dual_policy_plugin.rollout.assignment import assign
 from dual_policy_plugin.rollout.captured import CapturedPlay, Play
 from dual_policy_plugin.rollout.collector import collect_rollout, start_rollouts

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.errors import ConfigError, DigestError, LaunchError, NpcError
+from dual_policy_plugin.hydra_app.composition import compose_config
 from dual_policy_plugin.launch import preflight
 from dual_policy_plugin.launch.preflight import carry_entries, check_launch, npc_table, pin_config, store_lock
 from dual_policy_plugin.npc.lock import locked_as, pin_locked, read_lock, write_lock

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dual_policy_plugin.composition import compose_config
+from dual_policy_plugin.hydra_app.composition import compose_config
 from tests.launch.node import ROOT
 
 RECIPES = ROOT / "recipes"

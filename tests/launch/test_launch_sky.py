@@ -20,8 +20,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.config import Config
+from dual_policy_plugin.hydra_app.composition import compose_config
 from dual_policy_plugin.launch import sky_launch
 from dual_policy_plugin.launch.checkout import read_checkout
 from dual_policy_plugin.launch.preflight import Preflight
@@ -206,7 +206,7 @@ def test_a_curriculum_is_pinned_in_its_words(cloud: Cloud, capsys: pytest.Captur
     assert [line.split()[2] for line in text.splitlines()[1:5]] == [
         "old_run.model_0003", "old_run.model_0012", "old_run.model_0012-2", "strong",
     ]  # fmt: skip
-    from dual_policy_plugin.composition import compose_hydra_node
+    from dual_policy_plugin.hydra_app.composition import compose_hydra_node
     from dual_policy_plugin.launch.other_tasks import _first_values
 
     node = compose_hydra_node(_first_values(words), "sweeper")

@@ -16,8 +16,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.errors import LaunchError
+from dual_policy_plugin.hydra_app.composition import compose_config
 from dual_policy_plugin.launch.sky_task import TASK_DIR, TaskOptions, build_task, read_template
 from tests.launch.node import ROOT, make_home
 

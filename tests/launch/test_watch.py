@@ -18,9 +18,9 @@ import torch
 
 import dual_policy_plugin.heartbeat as heartbeat
 from dual_policy_plugin.commands.watch import run
-from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.errors import EXIT_AGAIN, EXIT_LIMIT, ConfigError, RunError
 from dual_policy_plugin.evaluate import evaluate_pinned
+from dual_policy_plugin.hydra_app.composition import compose_config
 from dual_policy_plugin.npc.resolver import resolve
 
 PYTHON = [sys.executable, "-S", "-c"]

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from dual_policy_plugin.config_diff import add_to_config
 from dual_policy_plugin.errors import DigestError, NpcError, NpcNotFoundError
 from dual_policy_plugin.npc.candidates import flat_metadata
 from dual_policy_plugin.npc.lock import (
@@ -25,6 +24,7 @@ from dual_policy_plugin.npc.lock import (
     write_lock,
 )
 from dual_policy_plugin.npc.resolver import PinnedPolicy, resolve
+from dual_policy_plugin.run.config_diff import add_to_config
 
 WHEN = "2030-01-02T03:04:05Z"
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dual_policy_plugin.config import AgentConfig
-from dual_policy_plugin.distributed import Ranks
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.experience import Experience, allocate_experience
 from dual_policy_plugin.foreign.spaces import save_policy
@@ -17,6 +16,7 @@ from dual_policy_plugin.npc.resolver import PinnedPolicy, resolve
 from dual_policy_plugin.policies.binding import BoundPolicy
 from dual_policy_plugin.policies.build import architecture, given_architectures
 from dual_policy_plugin.policies.learner import Learner, build_learner
+from dual_policy_plugin.ranks.distributed import Ranks
 from dual_policy_plugin.types import EnvSpec, ObservationSpace
 from tests.harness import CPU
 

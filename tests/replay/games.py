@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from dual_policy_plugin.checkpoint import PolicyFile, encode_policy
-from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.config import Config
 from dual_policy_plugin.evaluate import read_spec
+from dual_policy_plugin.hydra_app.composition import compose_config
 from dual_policy_plugin.npc.resolver import resolve
 from dual_policy_plugin.policies.build import build_policy
 from dual_policy_plugin.replay.record import Recording, record

@@ -17,7 +17,7 @@ import pytest
 from dual_policy_plugin.config import WandbConfig
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.report.loggers import WandbLogger
-from dual_policy_plugin.run_directory import RunDirectory
+from dual_policy_plugin.run.directory import RunDirectory
 from dual_policy_plugin.wandb_runs import quieter_mode
 from tests.services.wandb_server import WandbServer
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.errors import ConfigError, RunError
+from dual_policy_plugin.hydra_app.composition import compose_config
 from dual_policy_plugin.run_state import STATE_NAME
 from dual_policy_plugin.train import train
 

@@ -33,7 +33,7 @@ from dual_policy_plugin.policies.loading import load_policy_from_checkpoint
 from dual_policy_plugin.policies.pool import Npc, NpcPool
 from dual_policy_plugin.rollout.assignment import Assignment, assign
 from dual_policy_plugin.rollout.collector import collect_rollout
-from dual_policy_plugin.run_directory import RunDirectory
+from dual_policy_plugin.run.directory import RunDirectory
 from dual_policy_plugin.run_state import STATE_NAME, decode_state
 from dual_policy_plugin.train import train
 from dual_policy_plugin.types import StepResult, VecEnv

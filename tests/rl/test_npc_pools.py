@@ -24,14 +24,14 @@ from dual_policy_plugin.config import (
     PolicySource,
     TrainerConfig,
 )
-from dual_policy_plugin.config_dual_policy import load_dual_policy
 from dual_policy_plugin.envs.build import make_env
 from dual_policy_plugin.errors import DigestError, NpcError, NpcNotFoundError
+from dual_policy_plugin.hydra_app.dual_policy_node import load_dual_policy
 from dual_policy_plugin.npc.resolver import resolve
 from dual_policy_plugin.policies.npcs import load_npc
 from dual_policy_plugin.pool_config import MatchmakingConfig
 from dual_policy_plugin.train import train
-from tests.distributed.scripts import run_ranks
+from tests.ranks.scripts import run_ranks
 from tests.services.fixtures import s3_server, wandb_server  # noqa: F401
 from tests.services.s3_server import S3Server
 from tests.services.wandb_server import WandbServer

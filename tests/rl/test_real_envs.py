@@ -29,12 +29,12 @@ from dual_policy_plugin.config import (
     PolicySource,
     TrainerConfig,
 )
-from dual_policy_plugin.distributed import Ranks
 from dual_policy_plugin.envs.build import make_env
 from dual_policy_plugin.errors import ConfigError
 from dual_policy_plugin.evaluation.matches import play_pairings, seatings_of
 from dual_policy_plugin.experience import allocate_experience
 from dual_policy_plugin.policies.pool import Npc
+from dual_policy_plugin.ranks.distributed import Ranks
 from dual_policy_plugin.rollout.assignment import assign
 from dual_policy_plugin.rollout.collector import collect_rollout, start_rollouts
 from dual_policy_plugin.rollout.episode_metrics import EpisodeMetrics

@@ -15,12 +15,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dual_policy_plugin.checkpoint import decode_policy
-from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.config import Config
 from dual_policy_plugin.envs.arena import Arena
 from dual_policy_plugin.envs.arena_config import ArenaConfig
 from dual_policy_plugin.errors import ConfigError, DigestError, RunError
 from dual_policy_plugin.experience import allocate_experience
+from dual_policy_plugin.hydra_app.composition import compose_config
 from dual_policy_plugin.policies.build import build_policy
 from dual_policy_plugin.policies.pool import Npc, NpcPool
 from dual_policy_plugin.rollout.assignment import assign
@@ -29,8 +29,8 @@ from dual_policy_plugin.rollout.episode_metrics import EpisodeMetrics
 from dual_policy_plugin.rollout.mixed_policy import MixedPolicy
 from dual_policy_plugin.train import train
 from dual_policy_plugin.types import StepResult
-from tests.distributed.scripts import run_ranks
 from tests.harness import CPU
+from tests.ranks.scripts import run_ranks
 
 DUAL = "trainer.dual_policy"
 SMALL = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dual_policy_plugin.distributed import Ranks
 from dual_policy_plugin.policies.pool import Npc, NpcPool
+from dual_policy_plugin.ranks.distributed import Ranks
 from dual_policy_plugin.rollout.assignment import Assignment, assign
 from dual_policy_plugin.rollout.episode_metrics import EpisodeMetrics
 from dual_policy_plugin.types import EnvSpec, ObservationSpace, StepResult

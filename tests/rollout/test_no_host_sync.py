@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dual_policy_plugin.distributed import Ranks
 from dual_policy_plugin.envs.arena import Arena
 from dual_policy_plugin.envs.arena_config import ArenaConfig
 from dual_policy_plugin.experience import allocate_experience
@@ -22,6 +21,7 @@ from dual_policy_plugin.learning import ppo as ppo_module
 from dual_policy_plugin.learning.ppo import PpoUpdate
 from dual_policy_plugin.policies.build import build_policy
 from dual_policy_plugin.policies.pool import Npc, NpcPool
+from dual_policy_plugin.ranks.distributed import Ranks
 from dual_policy_plugin.rollout.assignment import assign
 from dual_policy_plugin.rollout.collector import collect_rollout
 from dual_policy_plugin.rollout.episode_metrics import EpisodeMetrics

@@ -19,7 +19,7 @@ from dual_policy_plugin.errors import NpcError, RunError
 from dual_policy_plugin.files import file_error, read_json
 from dual_policy_plugin.npc.lock import LockEntry, read_lock
 from dual_policy_plugin.report.page.series import Floats, Lines, read_series
-from dual_policy_plugin.run_lock import is_locked
+from dual_policy_plugin.run.lock import is_locked
 
 CURRICULUM_NAME = "curriculum.json"
 CROSS_PLAY_NAME = "cross_play.json"

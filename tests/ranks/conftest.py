@@ -31,7 +31,7 @@ RunRanks = Callable[..., list[Ended]]
 def nursery() -> Iterator[subprocess.Popen[str]]:
     root = Path(__file__).parents[2]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.nursery"]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.ranks.nursery"]
     with subprocess.Popen(
         command, cwd=root, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:

@@ -1,6 +1,6 @@
 """Our Hydra app as a command line speaks of it: where its configs stand, and how a word of it is written and read.
 
-Knows the grammar of overrides and nothing of what they come to; `composition.py` does.
+Knows the grammar of overrides and nothing of what they come to; `hydra_app/composition.py` does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob
 from hydra.errors import HydraException
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parent.parent
 # In a wheel the configs travel inside the package; in a checkout they stand beside it.
 CONFIG_DIR = _PACKAGE / "app_configs" if (_PACKAGE / "app_configs").is_dir() else _PACKAGE.parent / "configs"
 PRIMARY_CONFIG = "train"

@@ -6,11 +6,11 @@ import socket
 
 import pytest
 
-from dual_policy_plugin.distributed import join_ranks
 from dual_policy_plugin.errors import RankLostError
-from dual_policy_plugin.rank_variables import find_ranks
-from tests.distributed.conftest import Ended, RunRanks
-from tests.distributed.programs import ITERATION
+from dual_policy_plugin.ranks.distributed import join_ranks
+from dual_policy_plugin.ranks.variables import find_ranks
+from tests.ranks.conftest import Ended, RunRanks
+from tests.ranks.programs import ITERATION
 
 EVALUATED = {"episodes": 4, "evaluate_interval": 1, "total_timesteps": 9 * ITERATION}
 
@@ -53,7 +53,7 @@ def test_a_rank_that_is_killed_while_the_first_one_evaluates_ends_it(run_ranks: 
     ended = run_ranks("fail", 2, how="killed", moment="asking", rank=1, hold="evaluating", **EVALUATED)
     assert [one.code for one in ended] == [75, -9]
     assert "rank 1 of 2 (" in only_line(ended[0])
-    assert 5.0 < seconds_after(ended, 1) < 15.0  # rank_watch.GRACE_S, and no more than it
+    assert 5.0 < seconds_after(ended, 1) < 15.0  # watch.GRACE_S, and no more than it
 
 
 @pytest.mark.parametrize("hold", ["", "evaluating"])

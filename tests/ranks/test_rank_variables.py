@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dual_policy_plugin.distributed import Ranks
 from dual_policy_plugin.errors import ConfigError
-from dual_policy_plugin.rank_variables import find_ranks, first_host
+from dual_policy_plugin.ranks.distributed import Ranks
+from dual_policy_plugin.ranks.variables import find_ranks, first_host
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a1",

@@ -1,6 +1,6 @@
 """A run's mirror: what is sent in which order, what is fetched, who may write; on a loopback S3 and in a folder.
 
-    python -m tests.test_run_mirror SYNC_URI FOLDER
+    python -m tests.run.test_run_mirror SYNC_URI FOLDER
 
 kills a run again and again, each time with its directory; processes are forked there, and not from the tests' own.
 """
@@ -29,9 +29,9 @@ import safetensors.numpy
 import dual_policy_plugin.train as program
 from dual_policy_plugin import files, heartbeat
 from dual_policy_plugin.cli import main
-from dual_policy_plugin.composition import compose_config
 from dual_policy_plugin.config import TrainerConfig
 from dual_policy_plugin.errors import ConfigError, RunError, StorageError
+from dual_policy_plugin.hydra_app.composition import compose_config
 from dual_policy_plugin.mirror import folder_place, listing, s3_place, transfer
 from dual_policy_plugin.mirror import lease as lease_module
 from dual_policy_plugin.mirror.lease import Lease
@@ -40,13 +40,13 @@ from dual_policy_plugin.mirror.places import OWNER_NAME, Place
 from dual_policy_plugin.mirror.transfer import MAX_HELD, fetch_files, saved_iteration, take_snapshot
 from dual_policy_plugin.npc.sources import s3_client
 from dual_policy_plugin.npc.sources.http import Retries
-from dual_policy_plugin.run_directory import RunDirectory
-from dual_policy_plugin.run_mirror import RunMirror, open_place, read_mirrored, read_result
+from dual_policy_plugin.run.directory import RunDirectory
+from dual_policy_plugin.run.mirror import RunMirror, open_place, read_mirrored, read_result
 from dual_policy_plugin.run_state import Counters
 from dual_policy_plugin.train import train
 from tests.services.s3_server import S3Server
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RUN = "team/exp"
 PREFIX = "s3://runs/some/prefix/"
 MIRRORED = f"runs/some/prefix/{RUN}/"
@@ -311,7 +311,7 @@ def test_the_end_waits_for_what_failed_and_says_what_is_missing(
     waits: list[float] = []
     with mirror_of(tmp_path) as mirror, open_run(tmp_path) as run:
         save(run, 0)
-        monkeypatch.setattr("dual_policy_plugin.run_mirror.time.sleep", waits.append)
+        monkeypatch.setattr("dual_policy_plugin.run.mirror.time.sleep", waits.append)
         bucket.faults.add(f"PUT /{MIRRORED}{STATE_NAME}", "reset", times=3)
         mirror.finish()
         assert objects(bucket) == bytes_of(run.path)
@@ -979,7 +979,7 @@ def lose_machines(sync_uri: str, folder: Path) -> None:
 @pytest.mark.slow
 def test_five_lost_machines_leave_no_trace(tmp_path: Path, sync_uri: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.test_run_mirror", sync_uri, tmp_path],
+        [sys.executable, "-W", "ignore", "-m", "tests.run.test_run_mirror", sync_uri, tmp_path],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

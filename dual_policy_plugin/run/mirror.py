@@ -37,7 +37,7 @@ from dual_policy_plugin.mirror.transfer import (
     send_snapshot,
     take_snapshot,
 )
-from dual_policy_plugin.run_lock import check_unlocked
+from dual_policy_plugin.run.lock import check_unlocked
 from dual_policy_plugin.waiting import waiting
 
 _LAST_TRIES = 3

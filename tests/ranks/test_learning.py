@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dual_policy_plugin.checkpoint import decode_policy
-from tests.distributed.conftest import RunRanks
-from tests.distributed.programs import ITERATION
+from tests.ranks.conftest import RunRanks
+from tests.ranks.programs import ITERATION
 
 
 def weights_of(path: Path, name: str) -> torch.Tensor:

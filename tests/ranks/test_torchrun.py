@@ -51,7 +51,7 @@ def test_a_rank_that_is_killed_under_torchrun_ends_the_other_in_time(tmp_path: P
     args = {
         "how": "killed", "moment": "asking", "rank": 1, "hold": "evaluating", "episodes": 4, "evaluate_interval": 1,
     }  # fmt: skip
-    done, took_s = torchrun(tmp_path, "-m", "tests.distributed.programs", "fail", json.dumps(args))
+    done, took_s = torchrun(tmp_path, "-m", "tests.ranks.programs", "fail", json.dumps(args))
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1

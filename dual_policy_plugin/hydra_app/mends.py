@@ -18,10 +18,10 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dual_policy_plugin.config_loading import known_keys
-from dual_policy_plugin.config_nodes import nearest_key
 from dual_policy_plugin.errors import ConfigError, DualPolicyError, RunError
-from dual_policy_plugin.overrides import CONFIG_DIR, PRIMARY_CONFIG, quote_override
+from dual_policy_plugin.hydra_app.loading import known_keys
+from dual_policy_plugin.hydra_app.nodes import nearest_key
+from dual_policy_plugin.hydra_app.overrides import CONFIG_DIR, PRIMARY_CONFIG, quote_override
 
 
 def mend(error: Exception, overrides: list[str]) -> DualPolicyError | None:

@@ -26,10 +26,10 @@ from typing import Any, Self
 from omegaconf import OmegaConf
 
 from dual_policy_plugin import files
-from dual_policy_plugin.config_diff import add_to_config, diff_configs, show_diff
 from dual_policy_plugin.errors import RunError
-from dual_policy_plugin.run_lock import lock_run, unlock_run
-from dual_policy_plugin.run_mirror import RunMirror
+from dual_policy_plugin.run.config_diff import add_to_config, diff_configs, show_diff
+from dual_policy_plugin.run.lock import lock_run, unlock_run
+from dual_policy_plugin.run.mirror import RunMirror
 
 MAY_CHANGE = (
     "run",

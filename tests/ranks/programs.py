@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import dual_policy_plugin.train as program
-from dual_policy_plugin import distributed, heartbeat, rank_watch
+from dual_policy_plugin import heartbeat
 from dual_policy_plugin.config import (
     Config,
     DualPolicyConfig,
@@ -28,15 +28,17 @@ from dual_policy_plugin.config import (
     PolicySource,
     TrainerConfig,
 )
-from dual_policy_plugin.distributed import join_ranks, open_group
 from dual_policy_plugin.errors import ConfigError, DualPolicyError
 from dual_policy_plugin.experience import Experience
 from dual_policy_plugin.learning.ppo import PpoUpdate
 from dual_policy_plugin.pool_config import MatchmakingConfig, SelfPlayConfig
-from dual_policy_plugin.rank_variables import find_ranks
+from dual_policy_plugin.ranks import distributed
+from dual_policy_plugin.ranks import watch as rank_watch
+from dual_policy_plugin.ranks.distributed import join_ranks, open_group
+from dual_policy_plugin.ranks.variables import find_ranks
 from dual_policy_plugin.rollout.assignment import assign
 from dual_policy_plugin.rollout.mixed_policy import MixedPolicy
-from dual_policy_plugin.run_directory import RunDirectory
+from dual_policy_plugin.run.directory import RunDirectory
 from dual_policy_plugin.share_schedule import ShareSchedule
 from dual_policy_plugin.stop_signals import StopSignals
 from tests.harness import MemoryTask, make_loop
@@ -168,7 +170,7 @@ def fail(
 ) -> None:
     """A run in which a rank ends when it meets `moment` for the `at`-th time.
 
-    Rank 0 takes 60 s at the moment `hold`; `limits` are other times than those of rank_watch.py.
+    Rank 0 takes 60 s at the moment `hold`; `limits` are other times than those of ranks/watch.py.
     """
     for name, seconds in (limits or {}).items():
         assert hasattr(rank_watch, name)

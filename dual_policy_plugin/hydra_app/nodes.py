@@ -1,7 +1,7 @@
 """Nodes of a composed config as plain values: keys that are known, types that are right, no guessing.
 
-Takes dicts; gives dataclasses, or one line that names the key and the mend. `config_loading.py` and
-`config_dual_policy.py` say which nodes there are.
+Takes dicts; gives dataclasses, or one line that names the key and the mend. `hydra_app/loading.py` and
+`hydra_app/dual_policy_node.py` say which nodes there are.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def to_plain(cfg: DictConfig | Mapping[str, Any]) -> Node:
         text = str(error.msg or error).splitlines()[0]
         text = re.sub(r"^\w+ raised while resolving interpolation: ", "", text)  # what ${npc:...} has to say is enough
         if "interpolation type npc" in text:
-            call = "dual_policy_plugin.interpolation.register_resolver()"
+            call = "dual_policy_plugin.hydra_app.interpolation.register_resolver()"
             text = f"the resolver ${{npc:...}} is not registered; call {call} first"
         raise ConfigError(f"{error.full_key}: {text}") from error
     return typing.cast(Node, plain)

@@ -1,6 +1,6 @@
 """Several processes training one policy: who we are, and what all ranks do together.
 
-Takes Ranks, as `rank_variables.py` finds them; with one rank nothing is sent. All that is sent goes through here, so a
+Takes Ranks, as `ranks/variables.py` finds them; with one rank nothing is sent. All that is sent goes through here, so a
 rank that cannot go on without another one ends with a RankLostError, not with what its backend says.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # as torch.distributed has them, with types
 
 from dual_policy_plugin.errors import ConfigError, RankLostError
-from dual_policy_plugin.rank_watch import FirstRank, RankWatch, join_first, listen
+from dual_policy_plugin.ranks.watch import FirstRank, RankWatch, join_first, listen
 
 JOIN_S = 300.0
 """How long the ranks wait for each other at the start: machines of one job do not come up at one moment."""

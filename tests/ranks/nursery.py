@@ -19,7 +19,7 @@ import torch
 from torch import _dynamo  # noqa: F401
 
 import dual_policy_plugin.train  # noqa: F401
-from tests.distributed import programs
+from tests.ranks import programs
 
 
 def free_port() -> int:

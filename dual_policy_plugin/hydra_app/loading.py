@@ -25,15 +25,15 @@ from dual_policy_plugin.config import (
     TrainerConfig,
     WandbConfig,
 )
-from dual_policy_plugin.config_dual_policy import (
+from dual_policy_plugin.errors import ConfigError
+from dual_policy_plugin.hydra_app.dual_policy_node import (
     SOURCE_KEYS,
     dual_policy_keys,
     load_dual_policy,
     load_source,
     rename_older,
 )
-from dual_policy_plugin.config_nodes import Node, build, check_keys, child, named, to_plain
-from dual_policy_plugin.errors import ConfigError
+from dual_policy_plugin.hydra_app.nodes import Node, build, check_keys, child, named, to_plain
 
 HOURLY_COST_VARIABLE = "METTA_HOURLY_COST"
 INITIAL_POLICY_KEY = "trainer.initial_policy"

@@ -15,12 +15,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dual_policy_plugin.composition_mends import mend
 from dual_policy_plugin.config import Config
-from dual_policy_plugin.config_loading import load_config
 from dual_policy_plugin.errors import ConfigError, DualPolicyError
-from dual_policy_plugin.interpolation import config_text, hide_variables, keep_requested
-from dual_policy_plugin.overrides import CONFIG_DIR, PRIMARY_CONFIG, search_path
+from dual_policy_plugin.hydra_app.interpolation import config_text, hide_variables, keep_requested
+from dual_policy_plugin.hydra_app.loading import load_config
+from dual_policy_plugin.hydra_app.mends import mend
+from dual_policy_plugin.hydra_app.overrides import CONFIG_DIR, PRIMARY_CONFIG, search_path
 
 
 def compose_config(

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from tests.distributed.conftest import Ended, RunRanks
-from tests.distributed.programs import ITERATION
+from tests.ranks.conftest import Ended, RunRanks
+from tests.ranks.programs import ITERATION
 
 STATE = "runs/several/state/training.safetensors"
 KEPT = ("metrics.jsonl", "state/training.safetensors", "checkpoints/latest.safetensors")

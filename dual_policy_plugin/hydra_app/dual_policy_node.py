@@ -15,8 +15,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dual_policy_plugin.config import DualPolicyConfig, PolicySource, check_selector
-from dual_policy_plugin.config_nodes import Node, build, check_keys, child, convert, to_plain
 from dual_policy_plugin.errors import ConfigError
+from dual_policy_plugin.hydra_app.nodes import Node, build, check_keys, child, convert, to_plain
 from dual_policy_plugin.npc.uri import parse_uri
 from dual_policy_plugin.pool_config import (
     MATCHMAKING_READERS,

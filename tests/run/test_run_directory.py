@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from dual_policy_plugin import run_directory
 from dual_policy_plugin.errors import RunError
-from dual_policy_plugin.run_directory import RunDirectory
-from dual_policy_plugin.run_lock import check_unlocked
+from dual_policy_plugin.run import directory as run_directory
+from dual_policy_plugin.run.directory import RunDirectory
+from dual_policy_plugin.run.lock import check_unlocked
 
 CONFIG = """
 run: first
@@ -63,7 +63,7 @@ def test_a_new_run_has_its_layout(tmp_path: Path) -> None:
 HOLDER = """
 import sys
 from pathlib import Path
-from dual_policy_plugin.run_directory import RunDirectory
+from dual_policy_plugin.run.directory import RunDirectory
 run = RunDirectory.open(Path(sys.argv[1]), config_yaml=sys.argv[2], now=lambda: 0.0)
 run.save_checkpoint(0, b"zero")
 print("ready", flush=True)
@@ -72,7 +72,7 @@ sys.stdin.read()
 
 
 def start_holder(path: Path) -> subprocess.Popen[str]:
-    root = Path(run_directory.__file__).parents[1]
+    root = Path(run_directory.__file__).parents[2]
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(path), CONFIG],
         env={**os.environ, "PYTHONPATH": str(root)},
@@ -109,7 +109,7 @@ def test_a_job_of_slurms_waits_for_the_process_that_has_its_run(
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     monkeypatch.setenv("DUAL_POLICY_HEARTBEAT", str(tmp_path / "beat"))
     monkeypatch.setattr("dual_policy_plugin.heartbeat._last", -math.inf)
-    monkeypatch.setattr("dual_policy_plugin.run_lock._AGAIN_S", 0.1)
+    monkeypatch.setattr("dual_policy_plugin.run.lock._AGAIN_S", 0.1)
     with start_holder(tmp_path / "run") as holder:
         end = threading.Timer(0.5, holder.kill)
         end.start()
@@ -235,7 +235,7 @@ UNPRIVILEGED = """
 import os, sys
 from pathlib import Path
 from dual_policy_plugin.errors import RunError
-from dual_policy_plugin.run_directory import RunDirectory
+from dual_policy_plugin.run.directory import RunDirectory
 if os.getuid() == 0:
     os.setgroups([])
     os.setgid(65534)
@@ -252,7 +252,7 @@ def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
     open_run(tmp_path / "mine").close()
     for folder, mode in ((tmp_path, 0o555), (tmp_path / "mine" / "run.lock", 0o444)):
         folder.chmod(mode)
-    root = Path(run_directory.__file__).parents[1]
+    root = Path(run_directory.__file__).parents[2]
     script = f"import sys; sys.path[:] = {[str(root), *sys.path]!r}\n{UNPRIVILEGED}"
     done = subprocess.run(
         [sys.executable, "-c", script, "new", "mine"], cwd=tmp_path, capture_output=True, text=True, check=True

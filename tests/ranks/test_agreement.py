@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dual_policy_plugin.distributed import Ranks
-from tests.distributed.conftest import Ended, RunRanks
-from tests.distributed.programs import ITERATION
+from dual_policy_plugin.ranks.distributed import Ranks
 from tests.harness import MemoryTask, make_loop
+from tests.ranks.conftest import Ended, RunRanks
+from tests.ranks.programs import ITERATION
 
 
 def start_of(ended: Ended) -> dict[str, object]:

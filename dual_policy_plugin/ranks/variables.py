@@ -9,8 +9,8 @@ import os
 import re
 from collections.abc import Mapping
 
-from dual_policy_plugin.distributed import Ranks
 from dual_policy_plugin.errors import ConfigError
+from dual_policy_plugin.ranks.distributed import Ranks
 
 _TORCHRUN = ("RANK", "WORLD_SIZE")
 _FIRST_PORT, _NUM_PORTS = 12000, 20000  # below those that the system gives to connections
