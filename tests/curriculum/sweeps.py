@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from dual_policy_plugin.cli import main
+
 RANDOM, FORAGER = "builtin://arena/random", "builtin://arena/forager"
 SMALL = [
     "env.num_envs=8", "env.episode_steps=16", "trainer.horizon=8", "trainer.num_minibatches=2", "trainer.threads=1",
@@ -34,3 +38,31 @@ def comparable(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     for job in same["jobs"]:
         del job["elapsed_s"]
     return same
+
+
+class Killed(BaseException):
+    """Stands in for the end of the process."""
+
+
+def kill_cases(kills: list[tuple[Any, str, int]], fast: list[tuple[Any, str, int]]) -> list[Any]:
+    """Parameters (module, name, number) of a test that calls `kill_before`; those not in `fast` are slow."""
+    return [
+        pytest.param(*kill, marks=[] if kill in fast else [pytest.mark.slow], id=f"{kill[1]}-{kill[2]}")
+        for kill in kills
+    ]
+
+
+def kill_before(module: Any, name: str, number: int, words: list[str]) -> None:
+    """Runs the command `words` and ends it before the `number`th call of `module.name`."""
+    real, calls = getattr(module, name), []
+
+    def kill(*args: Any, **values: Any) -> Any:
+        calls.append(name)
+        if len(calls) == number:
+            raise Killed
+        return real(*args, **values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, kill)
+        with pytest.raises(Killed):
+            main(words)

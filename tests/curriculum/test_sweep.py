@@ -18,7 +18,17 @@ from dual_policy_plugin.curriculum import batches, gates, stages, sweep_files
 from dual_policy_plugin.errors import RunError
 from dual_policy_plugin.npc.lock import read_lock
 from dual_policy_plugin.run.lock import check_unlocked, lock_run, unlock_run
-from tests.curriculum.sweeps import FORAGER, RANDOM, SMALL, comparable, state_of, sweep_words
+from tests.curriculum.sweeps import (
+    FORAGER,
+    RANDOM,
+    SMALL,
+    Killed,
+    comparable,
+    kill_before,
+    kill_cases,
+    state_of,
+    sweep_words,
+)
 from tests.harness import logging_as_it_was
 from tests.test_bad_input import _clean
 
@@ -78,10 +88,6 @@ def _check_jobs(folder: Path, jobs: list[dict[str, Any]], state: dict[str, Any])
         assert (result["objective"], result["agent_step"]) == (job["objective"], job["agent_step"])
 
 
-class Killed(BaseException):
-    """Stands in for the end of the process."""
-
-
 @pytest.fixture(scope="module")
 def unkilled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The final state of a sweep of two stages, the second tried twice, that nobody disturbed."""
@@ -98,30 +104,13 @@ KILLS += [(train_module, "run_result", number) for number in (1, 2, 3)]
 FAST = [(sweep_files, "write_state", 3)]
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "number"),
-    [
-        pytest.param(*kill, marks=[] if kill in FAST else [pytest.mark.slow], id=f"{kill[1]}-{kill[2]}")
-        for kill in KILLS
-    ],
-)
+@pytest.mark.parametrize(("module", "name", "number"), kill_cases(KILLS, FAST))
 def test_a_killed_sweep_ends_as_if_it_had_not_been(
-    tmp_path: Path, unkilled: dict[str, Any], monkeypatch: pytest.MonkeyPatch, module: Any, name: str, number: int
+    tmp_path: Path, unkilled: dict[str, Any], module: Any, name: str, number: int
 ) -> None:
     words = sweep_words(tmp_path, f"[{RANDOM},{FORAGER}]")
-    real, calls = getattr(module, name), []
-
-    def kill(*args: Any, **values: Any) -> Any:
-        calls.append(name)
-        if len(calls) == number:
-            raise Killed
-        return real(*args, **values)
-
-    monkeypatch.setattr(module, name, kill)
-    with pytest.raises(Killed):
-        main(words)
+    kill_before(module, name, number, words)
     results = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
-    monkeypatch.setattr(module, name, real)
     assert main(words) == 1
     assert comparable(state_of(tmp_path), tmp_path) == unkilled
     assert {path: path.stat().st_mtime_ns for path in results} == results  # no finished job ran again

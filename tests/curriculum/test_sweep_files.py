@@ -20,9 +20,8 @@ from dual_policy_plugin.mirror.folder_place import FolderPlace
 from dual_policy_plugin.mirror.places import OWNER_NAME
 from dual_policy_plugin.run import mirror as run_mirror
 from dual_policy_plugin.run.mirror import open_place
-from tests.curriculum.sweeps import FORAGER, RANDOM, comparable, state_of, sweep_words
+from tests.curriculum.sweeps import FORAGER, RANDOM, Killed, comparable, kill_before, kill_cases, state_of, sweep_words
 from tests.curriculum.test_bad_sweeps import error_line
-from tests.curriculum.test_sweep import Killed
 from tests.harness import logging_as_it_was
 from tests.run.test_run_mirror import bucket, server, sync_uri
 from tests.test_bad_input import _clean
@@ -68,36 +67,18 @@ KILLS += [(gates, "evaluate_pinned", 2), (train_module, "run_result", 3)]
 FAST = [(sweep_files, "write_state", 7)]
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "number"),
-    [
-        pytest.param(*kill, marks=[] if kill in FAST else [pytest.mark.slow], id=f"{kill[1]}-{kill[2]}")
-        for kill in KILLS
-    ],
-)
+@pytest.mark.parametrize(("module", "name", "number"), kill_cases(KILLS, FAST))
 def test_a_lost_machine_leaves_no_trace(
     tmp_path: Path,
     sync_uri: str,
     unkilled: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     module: Any,
     name: str,
     number: int,
 ) -> None:
     words = words_for(tmp_path / "machine", sync_uri)
-    real, calls = getattr(module, name), []
-
-    def kill(*args: Any, **values: Any) -> Any:
-        calls.append(name)
-        if len(calls) == number:
-            raise Killed
-        return real(*args, **values)
-
-    monkeypatch.setattr(module, name, kill)
-    with pytest.raises(Killed):
-        main(words)
-    monkeypatch.setattr(module, name, real)
+    kill_before(module, name, number, words)
     found = open_place(sync_uri, "s").get("curriculum.json")
     assert found is not None
     known = [job["num"] for job in json.loads(found.data)["jobs"] if job["status"] == "finished"]
