@@ -1,5 +1,5 @@
 """What differs between the config a run was made by and the config of now, and what is added to it; used by
-`run_directory`.
+`directory.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One live process per run: an advisory lock on run.lock, used by `run_directory`.
+"""One live process per run: an advisory lock on run.lock, used by `directory.py`.
 
 The kernel drops the lock when its holder dies, however it dies, so a file that a dead process left is no obstacle. The
 file is never removed or replaced: a lock belongs to the inode, and two inodes would be two locks. Its text (pid, host,
