@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +33,11 @@ def logging_as_it_was() -> Iterator[None]:
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+
+
+def children() -> set[psutil.Process]:
+    """All processes that come from this one; other tests may keep some, a Slurm for example."""
+    return set(psutil.Process().children(recursive=True))
 
 
 class MemoryTask:

@@ -22,6 +22,7 @@ from dual_policy_plugin.envs.crew import split_envs
 from dual_policy_plugin.envs.host import episode_seed, first_cut
 from dual_policy_plugin.envs.worker_process import STEP
 from dual_policy_plugin.errors import ConfigError, EnvError
+from tests.harness import children
 
 HERE = Path(__file__).parent
 
@@ -30,14 +31,14 @@ HERE = Path(__file__).parent
 def _others():
     """Processes that other tests of this session keep."""
     others.clear()
-    others.update(psutil.Process().children(recursive=True))
+    others.update(children())
 
 
 others = set()
 
 
 def our_children():
-    return [child for child in psutil.Process().children(recursive=True) if child not in others]
+    return list(children() - others)
 
 
 @pytest.fixture

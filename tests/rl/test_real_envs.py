@@ -42,7 +42,7 @@ from dual_policy_plugin.rollout.mixed_policy import MixedPolicy
 from dual_policy_plugin.train import train
 from dual_policy_plugin.types import StepResult, VecEnv
 from tests.envs.toy_envs import make_late_puffer, make_script
-from tests.harness import CPU, Always, Loop, logging_as_it_was, make_loop
+from tests.harness import CPU, Always, Loop, children, logging_as_it_was, make_loop
 from tests.rl.real_env_hosts import make_clock, make_logged, make_surveyed
 
 ROOT = Path(__file__).parents[2]
@@ -53,12 +53,13 @@ SMALL = (
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A folder of its own as cwd, log handlers as they were, and no worker left behind."""
+def others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[set[psutil.Process]]:
+    """A folder of its own as cwd, log handlers as they were, no worker left behind; what other tests keep running."""
+    before = children()
     monkeypatch.chdir(tmp_path)
     with logging_as_it_was():
-        yield
-    assert psutil.Process().children(recursive=True) == []
+        yield before
+    assert children() <= before
 
 
 @pytest.fixture
@@ -382,6 +383,7 @@ def test_a_worker_that_dies_ends_the_run_with_exit_code_2(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    others: set[psutil.Process],
 ) -> None:
     pyproject = tmp_path / "pyproject.toml"
     pyproject.write_text(
@@ -396,7 +398,7 @@ def test_a_worker_that_dies_ends_the_run_with_exit_code_2(
     assert "error: env worker 0 (envs 0 to 1)" in errors
     assert all(word in errors for word in words)
     assert "train.py" not in errors  # the worker's traceback, not ours
-    assert psutil.Process().children(recursive=True) == []
+    assert children() <= others
     assert not Path("train_dir/t/result.json").exists()
     assert Path("train_dir/t/checkpoints/model_0000.safetensors").exists()
     assert main([*line, f"+env.kind={kind}"]) == 2  # nothing holds the run: it starts again, and gets as far
