@@ -339,11 +339,10 @@ def test_sending_takes_no_time_of_the_run_and_sends_what_was_there_then(tmp_path
         bucket.faults.add(f"/{MIRRORED}", "slow:0.1", times=None)
         begun = time.monotonic()
         mirror.advance()
-        taken_s = time.monotonic() - begun
+        assert time.monotonic() - begun < 0.1
         save(run, 4)  # replaces latest, index, state, and removes the checkpoint of 2
         assert not run.checkpoint_path(2).exists()
         assert mirror.wait()
-        assert taken_s < (time.monotonic() - begun) / 5  # of ten writes
         bucket.faults.clear()
         assert objects(bucket) == then
         assert then != bytes_of(run.path)
@@ -389,7 +388,7 @@ def test_a_stop_waits_for_the_state_as_long_as_it_may(
         mirror.advance()
         begun = time.monotonic()
         mirror.settle(0.2)
-        assert 0.2 <= time.monotonic() - begun < 1.4
+        assert 0.2 <= time.monotonic() - begun < 1.0
         assert "does not have the newest state, 0.2 s were too short for it" in caplog.messages[-1]
     mirror.__exit__(SystemExit, SystemExit(143), None)
     assert owner_note(PREFIX)["is_held"]  # something was on its way
